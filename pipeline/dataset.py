@@ -1,0 +1,189 @@
+"""The canonical dataset: `dataset.json` and `<split>/*.parquet`. Schema, metadata, opening, reading."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray.data
+from rssnet.classes import Classes
+
+from pipeline import storage
+from pipeline.errors import PipelineError
+
+IGNORE_LABEL = 255
+INFO_FILE = "dataset.json"
+REJECTS_FOLDER = "_rejects"
+SCHEMA_VERSION = 1
+
+SCHEMA = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("image", pa.binary()),
+        ("label", pa.binary()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("source_uri", pa.string()),
+    ]
+)
+REJECT_SCHEMA = pa.schema([(name, pa.string()) for name in ("source_uri", "split", "reason", "detail")])
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """One split of a dataset.
+
+    Args:
+        rows: images.
+        labelled: images that have a label.
+        pixels: labelled pixels per class, in class order; ignored pixels are not counted.
+        files: Parquet files below the dataset's URL and their numbers of rows.
+    """
+
+    rows: int
+    labelled: int
+    pixels: list[int]
+    files: dict[str, int]
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What `dataset.json` holds. It is written last: a dataset without it is unfinished.
+
+    Args:
+        names, palette: of the classes, by training id.
+        splits: by name.
+        rejected: how many inputs were refused; they are listed below `_rejects/`.
+        source: the URL that was ingested.
+        layout: how it was read.
+        fingerprint: digest of all rows, whatever their order: same content, same fingerprint.
+    """
+
+    names: list[str]
+    palette: list[list[int]]
+    splits: dict[str, SplitInfo]
+    rejected: int
+    source: str
+    layout: str
+    fingerprint: str
+    ignore_label: int = IGNORE_LABEL
+    schema_version: int = SCHEMA_VERSION
+
+
+@dataclass(frozen=True)
+class SegmentationDataset:
+    """An opened canonical dataset: `info`, and its rows as Arrow tables or as a Ray dataset."""
+
+    url: str
+    info: DatasetInfo
+
+    @property
+    def classes(self) -> Classes:
+        """Names and colours of the classes."""
+        return Classes(tuple(self.info.names), tuple((r, g, b) for r, g, b in self.info.palette))
+
+    def split(self, name: str) -> SplitInfo:
+        """One split's metadata.
+
+        Raises:
+            PipelineError: if the dataset has no such split.
+        """
+        if name not in self.info.splits:
+            raise PipelineError(
+                f"The dataset {self.url} has no split {name!r}: choose one of {', '.join(self.info.splits)}."
+            )
+        return self.info.splits[name]
+
+    def require_labels(self, name: str) -> SplitInfo:
+        """One split's metadata, if all its images have labels; else PipelineError."""
+        split = self.split(name)
+        if split.labelled < split.rows or not split.rows:
+            raise PipelineError(
+                f"The split {name!r} of {self.url} has {split.labelled} labels for {split.rows} images: "
+                "choose a split whose images all have labels."
+            )
+        return split
+
+    def chunks(self, name: str) -> list["Chunk"]:
+        """The row groups of a split, in a fixed order: the unit in which training reads and shuffles."""
+        chunks = []
+        for path in sorted(self.split(name).files):
+            for group, rows in enumerate(_group_rows(storage.join(self.url, path))):
+                chunks.append(Chunk(storage.join(self.url, path), group, rows))
+        return chunks
+
+    def rows(self, name: str, columns: Sequence[str] | None = None, shard: tuple[int, int] = (0, 1)) -> Iterator[dict]:
+        """The rows of a split as dicts, one row group in memory at a time.
+
+        Args:
+            columns: only these.
+            shard: (index, count): every `count`-th row from the `index`-th, over the whole split.
+        """
+        index, count = shard
+        position = 0
+        for chunk in self.chunks(name):
+            wanted = [row for row in range(chunk.rows) if (position + row) % count == index]
+            position += chunk.rows
+            if wanted:
+                yield from chunk.read(columns).take(wanted).to_pylist()
+
+    def arrow(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """The whole split as one Arrow table in memory."""
+        return pa.concat_tables([chunk.read(columns) for chunk in self.chunks(name)])
+
+    def ray(self, name: str, columns: Sequence[str] | None = None) -> ray.data.Dataset:
+        """The split as a Ray dataset, in blocks of one file or less."""
+        files = [storage.join(self.url, path) for path in sorted(self.split(name).files)]
+        filesystem, _ = storage.arrow_filesystem(self.url)
+        paths = [storage.arrow_filesystem(file)[1] for file in files]
+        return ray.data.read_parquet(paths, filesystem=filesystem, columns=list(columns) if columns else None)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One row group of one Parquet file."""
+
+    url: str
+    row_group: int
+    rows: int
+
+    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Its rows; the only bytes read are its own and the file's footer."""
+        filesystem, path = storage.arrow_filesystem(self.url)
+        with pq.ParquetFile(path, filesystem=filesystem) as file:
+            return file.read_row_group(self.row_group, columns=list(columns) if columns else None)
+
+
+def open(url: str) -> SegmentationDataset:
+    """Open the canonical dataset at `url`.
+
+    Raises:
+        PipelineError: if there is none, or one of another schema version.
+    """
+    url = storage.absolute(url)
+    place = storage.join(url, INFO_FILE)
+    try:
+        document = storage.read_json(place)
+    except FileNotFoundError:
+        storage.require_bucket(url)
+        raise PipelineError(
+            f"There is no finished dataset at {url} (no {INFO_FILE}): correct the URL, or run workflows/ingest.py."
+        ) from None
+    if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
+        raise PipelineError(
+            f"{place} is not a dataset of schema version {SCHEMA_VERSION}: ingest it again with this version."
+        )
+    splits = {name: SplitInfo(**split) for name, split in document.pop("splits").items()}
+    return SegmentationDataset(url, DatasetInfo(splits=splits, **document))
+
+
+def write_info(url: str, info: DatasetInfo) -> None:
+    """Write `dataset.json`, which finishes the dataset."""
+    storage.write_json(storage.join(url, INFO_FILE), dataclasses.asdict(info))
+
+
+def _group_rows(url: str) -> list[int]:
+    filesystem, path = storage.arrow_filesystem(url)
+    with pq.ParquetFile(path, filesystem=filesystem) as file:
+        return [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]

@@ -1,0 +1,85 @@
+"""Encoded images to pixels: photographs and label images, with every way in which a file can be bad as one sentence."""
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps
+
+MAX_PIXELS = 500_000_000  # a 22,000 x 22,000 image; above it a file is taken for a decompression bomb
+
+Image.MAX_IMAGE_PIXELS = None  # Pillow only warns at its limit; `_opened` refuses at ours
+
+
+class BadImage(ValueError):
+    """An image file that cannot be used. `reason` is a short constant to count by, the message says what was found."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason, self.detail = reason, detail
+
+    def __reduce__(self) -> tuple[type["BadImage"], tuple[str, str]]:
+        return BadImage, (self.reason, self.detail)
+
+
+def decode_photograph(data: bytes) -> np.ndarray:
+    """The pixels of a photograph: (H, W, 3) uint8 RGB, turned as its EXIF orientation says.
+
+    Greyscale, palette, CMYK and 16-bit images are converted; an alpha channel is laid over white.
+
+    Raises:
+        BadImage: empty, not an image, truncated, or larger than `MAX_PIXELS`.
+    """
+    image = _opened(data)
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image).astype(np.float32)
+        scale = 255.0 / 65535.0 if values.max(initial=0) > 255 else 1.0
+        image = Image.fromarray((values * scale).clip(0, 255).astype(np.uint8))
+    if "A" in image.mode or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer)
+    return np.asarray(image.convert("RGB"))
+
+
+def decode_label(data: bytes) -> np.ndarray:
+    """The values of a label image, (H, W) integers: grey levels, or palette indices where it has a palette.
+
+    Raises:
+        BadImage: as `decode_photograph`; also for colour images, whose values are not class ids.
+    """
+    image = _opened(data)
+    if image.mode not in ("L", "P", "1", "I", "I;16"):
+        raise BadImage("label_mode", f"label image has mode {image.mode}, class ids need a grey or palette image")
+    return np.asarray(image).astype(np.int64 if image.mode.startswith("I") else np.uint8)
+
+
+def encode_png(values: np.ndarray, palette: list[tuple[int, int, int]] | None = None) -> bytes:
+    """A PNG of an (H, W) array of uint8 or uint16, with a palette inside for uint8 if one is given."""
+    image = Image.fromarray(values)
+    if palette is not None and values.dtype == np.uint8:
+        image.putpalette([channel for colour in palette for channel in colour])
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=6)
+    return buffer.getvalue()
+
+
+def _opened(data: bytes) -> Image.Image:
+    if not data:
+        raise BadImage("empty", "the file has no bytes")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks on odd EXIF blocks are no reason to refuse
+            image = Image.open(io.BytesIO(data))
+            if image.width * image.height > MAX_PIXELS:
+                raise BadImage(
+                    "too_large", f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS} accepted"
+                )
+            image.load()
+    except BadImage:
+        raise
+    except Exception as error:  # Pillow's decoders raise many classes on damaged data
+        kind = "not an image" if type(error).__name__ == "UnidentifiedImageError" else "damaged or truncated"
+        reason = "not_an_image" if kind == "not an image" else "damaged"
+        raise BadImage(reason, f"{kind} ({type(error).__name__}: {str(error)[:120]})") from error
+    return image

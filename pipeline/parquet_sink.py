@@ -1,0 +1,102 @@
+"""Writing a Ray dataset as Parquet files, each of which appears whole or not at all."""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from ray.data import Datasink
+from ray.data.block import Block, BlockAccessor
+from ray.data.datasource import WriteResult
+
+from pipeline import storage
+from pipeline.progress import Reporter
+
+ROW_GROUP_ROWS = 64
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """One Parquet file of a finished write: its place below the output, and how many rows it has."""
+
+    path: str
+    rows: int
+
+
+@dataclass
+class Written:
+    """What one write task, or a whole write, has produced: the files, and a summary of their rows."""
+
+    files: list[WrittenFile] = field(default_factory=list)
+    summaries: list[Any] = field(default_factory=list)
+
+
+class ParquetSink(Datasink[Written]):
+    """Writes each block of a dataset below `url`; used with `Dataset.write_datasink`, then read `written`.
+
+    A file is encoded in memory and stored in one atomic step, so readers never see a part of one, also on a local disk. Its
+    name is made of its rows' ids: a task that Ray runs again replaces its file instead of doubling its rows.
+
+    Args:
+        url: the output place.
+        route: splits a table into parts, each with the folder (below `url`) and the columns that it is written with.
+        key: name of the column whose values name the file.
+        summarize: what to send back to the driver about a table; must stay small.
+        reporter: is told how many rows were written.
+        rows_per_file: rows that Ray gathers for one file.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        route: Callable[[pa.Table], Iterable[tuple[str, pa.Table]]],
+        key: str,
+        summarize: Callable[[pa.Table], Any],
+        reporter: Reporter,
+        rows_per_file: int,
+    ) -> None:
+        self.url, self.route, self.key, self.summarize = url, route, key, summarize
+        self.reporter, self.rows_per_file = reporter, rows_per_file
+        self.written = Written()
+
+    def write(self, blocks: Iterable[Block], ctx: Any) -> Written:  # noqa: ARG002 - Ray's signature
+        """Runs on a worker: one file for each part of these blocks."""
+        written = Written()
+        tables = [BlockAccessor.for_block(block).to_arrow() for block in blocks]
+        tables = [table for table in tables if table.num_rows]
+        if not tables:
+            return written
+        table = pa.concat_tables(tables, promote_options="permissive")
+        for folder, part in self.route(table):
+            name = hashlib.sha256("\n".join(map(str, part[self.key].to_pylist())).encode()).hexdigest()[:20]
+            path = f"{folder}/part-{name}.parquet"
+            write_table(storage.join(self.url, path), part)
+            written.files.append(WrittenFile(path, part.num_rows))
+        written.summaries.append(self.summarize(table))
+        self.reporter.advance(table.num_rows)
+        return written
+
+    def on_write_complete(self, write_result: WriteResult[Written]) -> None:
+        """Runs on the driver, once, after the last task."""
+        for part in write_result.write_returns:
+            self.written.files.extend(part.files)
+            self.written.summaries.extend(part.summaries)
+        self.written.files.sort(key=lambda file: file.path)
+
+    @property
+    def min_rows_per_write(self) -> int:
+        """How many rows Ray gathers before it calls `write`."""
+        return self.rows_per_file
+
+
+def write_table(url: str, table: pa.Table) -> None:
+    """Store a table as one Parquet file, atomically. Encoded images inside are not compressed twice."""
+    buffer = pa.BufferOutputStream()
+    binary = {
+        name for name, kind in zip(table.schema.names, table.schema.types, strict=True) if pa.types.is_binary(kind)
+    }
+    compression = {name: "NONE" if name in binary else "ZSTD" for name in table.schema.names}
+    pq.write_table(table, buffer, row_group_size=ROW_GROUP_ROWS, compression=compression, write_page_index=True)
+    storage.write_bytes(url, buffer.getvalue().to_pybytes())

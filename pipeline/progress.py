@@ -1,0 +1,132 @@
+"""Progress of distributed work, shown where the driver runs: a bar at a terminal, plain lines in a log."""
+
+import logging
+import sys
+import threading
+import time
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any
+
+import ray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+POLL_SECONDS = 0.5
+LINE_SECONDS = 10.0
+
+_log = logging.getLogger(__name__)
+
+
+def announce(text: str) -> None:
+    """One plain line for the person or the log that follows the run."""
+    print(text, flush=True)
+
+
+@ray.remote(num_cpus=0, max_concurrency=8)
+class _Board:
+    """Where workers write how far they are; the driver reads it."""
+
+    def __init__(self) -> None:
+        self.done, self.note = 0.0, ""
+
+    def advance(self, amount: float) -> None:
+        self.done += amount
+
+    def set(self, done: float, note: str) -> None:
+        self.done, self.note = done, note
+
+    def read(self) -> tuple[float, str]:
+        return self.done, self.note
+
+
+class Reporter:
+    """Handed to workers: says how far they are. Sending is fire and forget and costs no waiting."""
+
+    def __init__(self, board: Any) -> None:
+        self._board = board
+
+    def advance(self, amount: float) -> None:
+        """Add `amount` finished units."""
+        self._board.advance.remote(amount)
+
+    def update(self, done: float, note: str = "") -> None:
+        """Set the number of finished units, with a short text such as the loss."""
+        self._board.set.remote(done, note)
+
+
+class Progress(AbstractContextManager["Progress"]):
+    """Shows `title done/total`, the rate and the time left while a `with` block runs.
+
+    Args:
+        title: what is being done.
+        total: how many units there are.
+        unit: plural name of a unit, e.g. `images`.
+    """
+
+    def __init__(self, title: str, total: int, unit: str) -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self._board = _Board.remote()
+        self.reporter = Reporter(self._board)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._show, name=f"progress-{title}", daemon=True)
+        self._begun = time.monotonic()
+
+    def __enter__(self) -> "Progress":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join(timeout=10)
+        ray.kill(self._board)
+
+    def _read(self) -> tuple[float, str]:
+        return ray.get(self._board.read.remote(), timeout=30)
+
+    def _show(self) -> None:
+        try:
+            if sys.stdout.isatty():
+                self._show_bar()
+            else:
+                self._show_lines()
+        except (ray.exceptions.RayError, RuntimeError) as error:  # the cluster is gone: the work itself says why
+            _log.debug("progress display ended: %s", error)
+
+    def _show_bar(self) -> None:
+        columns = (
+            TextColumn("  {task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with RichProgress(*columns, console=Console(), transient=False) as bars:
+            bar = bars.add_task(self.title, total=self.total, rate="", note="")
+            while True:
+                last = self._stop.wait(POLL_SECONDS)
+                done, note = self._read()
+                bars.update(bar, completed=min(done, self.total), rate=self._rate(done), note=note)
+                if last:
+                    return
+
+    def _show_lines(self) -> None:
+        shown, shown_at = -1.0, 0.0
+        while True:
+            last = self._stop.wait(POLL_SECONDS)
+            now = time.monotonic()
+            if not last and now - shown_at < LINE_SECONDS:
+                continue
+            done, note = self._read()
+            if done != shown:
+                announce(f"  {self.title}: {done:g}/{self.total} {self.unit}, {self._rate(done)} {note}".rstrip())
+                shown, shown_at = done, now
+            if last:
+                return
+
+    def _rate(self, done: float) -> str:
+        return f"{done / max(time.monotonic() - self._begun, 1e-9):.1f} {self.unit}/s"

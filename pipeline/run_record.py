@@ -1,0 +1,212 @@
+"""The run record: `run.json` beside every output says what was run, on what, with what outcome.
+
+It is also how a workflow knows that its work is already done: a finished record of the same workflow, configuration and
+inputs, whose outputs are still there, is not run again. Another configuration at the same place is refused.
+"""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import platform
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline import storage
+from pipeline.errors import PipelineError, mendable_cause
+
+FILE_NAME = "run.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass
+class RunRecord:
+    """What `run.json` holds.
+
+    Args:
+        workflow: `ingest`, `train`, `evaluate`, `sweep` or `segment`.
+        config: every field of the workflow's configuration, defaults included.
+        inputs: name of each input and its fingerprint; another fingerprint means other work.
+        outputs: what the workflow writes below the record's folder; all of it must be there for the record to count.
+        run_id: another one each time the work is begun.
+        versions: of this code, Python, torch and ray.
+        outcome: `running` until the end; a record that stays so was killed.
+        counts: rows or images by name; for a human and for adding up.
+        results: scores and the like.
+    """
+
+    workflow: str
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    outputs: list[str]
+    schema_version: int = SCHEMA_VERSION
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    versions: dict[str, str] = field(default_factory=dict)
+    started: str = ""
+    finished: str | None = None
+    seconds: float | None = None
+    outcome: Literal["running", "done", "failed"] = "running"
+    error: str | None = None
+    counts: dict[str, int] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+
+
+def read_record(url: str) -> RunRecord | None:
+    """The record at `url`, or None where there is none.
+
+    Raises:
+        StorageError: if it is there but cannot be understood.
+    """
+    place = storage.join(url, FILE_NAME)
+    try:
+        document = storage.read_json(place)
+    except FileNotFoundError:
+        return None
+    try:
+        return RunRecord(**document)
+    except TypeError as error:
+        raise storage.StorageError(
+            f"{place} is not a run record of schema version {SCHEMA_VERSION} ({error}): choose another place."
+        ) from error
+
+
+def finished_record(url: str, workflow: str, config: Any, inputs: dict[str, str]) -> RunRecord | None:
+    """The record of this very work, if it was finished and everything it wrote is still there; else None."""
+    record = read_record(url)
+    if record is None or record.outcome != "done" or record.workflow != workflow:
+        return None
+    if differences(record, config, inputs):
+        return None
+    if not all(storage.exists(storage.join(url, output)) for output in record.outputs):
+        return None
+    return record
+
+
+def differences(record: RunRecord, config: Any, inputs: dict[str, str]) -> list[str]:
+    """How the work at hand differs from the recorded one: one line per field, `name: recorded -> now`."""
+    recorded = {**_flat(record.config), **{f"input {name}": value for name, value in record.inputs.items()}}
+    now = {**_flat(identity(config)), **{f"input {name}": value for name, value in inputs.items()}}
+    absent = "(absent)"
+    return [
+        f"{name}: {recorded.get(name, absent)} -> {now.get(name, absent)}"
+        for name in sorted(recorded.keys() | now.keys())
+        if recorded.get(name, absent) != now.get(name, absent)
+    ]
+
+
+def identity(config: Any) -> dict[str, Any]:
+    """A dataclass configuration as JSON-able dicts, without the fields whose metadata say `identity: False`."""
+    document = {}
+    for item in dataclasses.fields(config):
+        if item.metadata.get("identity", True):
+            document[item.name] = _jsonable(getattr(config, item.name))
+    return document
+
+
+def refuse_other_work(url: str, workflow: str, config: Any, inputs: dict[str, str]) -> None:
+    """Raise PipelineError if `url` holds the record of other work than this; a place is an identity."""
+    record = read_record(url)
+    if record is None:
+        return
+    if record.workflow != workflow:
+        raise PipelineError(f"{url} holds the output of {record.workflow}, not of {workflow}: choose another place.")
+    changed = differences(record, config, inputs)
+    if changed:
+        raise PipelineError(
+            f"{url} holds the {workflow} of another configuration ({'; '.join(changed)}): "
+            "choose another place, or pass --new true to replace what is there."
+        )
+
+
+@contextmanager
+def record_run(
+    url: str, workflow: str, config: Any, inputs: dict[str, str], outputs: list[str], keep: bool = True
+) -> Iterator[RunRecord]:
+    """Do the work of a `with` block under a record at `url`: `running` first, at the end `done` or `failed`.
+
+    Args:
+        outputs: what the block will write below `url`.
+        keep: leave what an earlier run of the same work wrote, to go on from it; else delete those outputs first.
+    """
+    if not keep:
+        earlier = read_record(url)
+        for output in {*outputs, *(earlier.outputs if earlier else [])}:
+            storage.delete(storage.join(url, output))
+    record = RunRecord(workflow, identity(config), inputs, outputs, versions=versions(), started=_now())
+    begun = time.monotonic()
+    _write(url, record)
+    try:
+        yield record
+    except BaseException as error:
+        record.outcome = "failed"
+        record.error = str(mendable_cause(error) or f"{type(error).__name__}: {error}")[:2000]
+        record.finished, record.seconds = _now(), round(time.monotonic() - begun, 3)
+        with suppress(storage.StorageError):  # the failure being raised matters more; the record then stays `running`
+            _write(url, record)
+        raise
+    record.outcome = "done"
+    record.finished, record.seconds = _now(), round(time.monotonic() - begun, 3)
+    _write(url, record)
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in ("rssnet", "torch", "timm", "ray"):
+        found[name] = importlib.metadata.version(name)
+    commit = _commit()
+    if commit:
+        found["commit"] = commit
+    return found
+
+
+def _commit() -> str | None:
+    """The git commit of this code, with `+` if the tree differs from it; None outside a checkout."""
+    folder = Path(__file__).resolve().parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return described.stdout.strip() if described.returncode == 0 else None
+
+
+def _write(url: str, record: RunRecord) -> None:
+    storage.write_json(storage.join(url, FILE_NAME), dataclasses.asdict(record))
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _jsonable(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: _jsonable(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, str):
+        return storage.redacted(value)
+    return value
+
+
+def _flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in document.items():
+        if isinstance(value, dict) and value:
+            flat.update(_flat(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
