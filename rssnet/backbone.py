@@ -1,0 +1,259 @@
+"""The global pathway: any timm backbone that gives intermediate features, as pre-trained, with nothing added inside it.
+
+Plain transformers (one stride) and pyramids (one stride per stage) come out as the same thing: a list of feature maps,
+each with its channels and stride known before the first image. Knows nothing of decoders.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import inspect
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from .pretrained import WeightsReport, load_backbone_weights
+
+logger = logging.getLogger(__name__)
+
+FAMILIES = (
+    "plain: vit, deit3, beit, beitv2, eva02, dinov2, dinov3, siglip, MAE; "
+    "pyramid: swin, swinv2, pvt_v2, twins, hiera, maxvit, mvitv2, davit, convnext, tiny_vit, efficientvit, hrnet"
+)
+_FINEST_STRIDE = 4  # maps finer than the logits' stride cost much and say little
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A place in a backbone that features are taken from.
+
+    Attributes:
+        index: Of the block (plain) or stage (pyramid), as timm counts.
+        channels: Of the feature map.
+        stride: Pixels of the image per cell of the feature map.
+    """
+
+    index: int
+    channels: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class BackboneLayout:
+    """Where a backbone can be tapped, known without building it.
+
+    Attributes:
+        name: timm's name of the backbone.
+        taps: Every usable place, shallow to deep.
+        fixed_image_size: Whether the backbone is built for one image size.
+        takes_drop_path: Whether it has stochastic depth.
+    """
+
+    name: str
+    taps: tuple[Tap, ...]
+    fixed_image_size: bool
+    takes_drop_path: bool
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all taps have one stride, as in a plain vision transformer."""
+        return len({tap.stride for tap in self.taps}) == 1
+
+    def at(self, index: int) -> Tap:
+        """The tap at timm's index.
+
+        Raises:
+            ValueError: no tap has that index.
+        """
+        for tap in self.taps:
+            if tap.index == index:
+                return tap
+        indices = ", ".join(str(tap.index) for tap in self.taps)
+        raise ValueError(f"{self.name} cannot be tapped at {index}; choose one of {indices}.")
+
+    @property
+    def shallow(self) -> Tap:
+        """Plain: the block at a quarter of the depth. Pyramid: the first stage (of stride 4 or more)."""
+        return self.taps[max(0, round(len(self.taps) / 4) - 1)] if self.is_plain else self.taps[0]
+
+    @property
+    def deep(self) -> tuple[Tap, ...]:
+        """Plain: the last block. Pyramid: the two deepest stages, the finer first."""
+        return self.taps[-1:] if self.is_plain else self.taps[-2:]
+
+    @property
+    def quarters(self) -> tuple[Tap, ...]:
+        """Plain: the last blocks of the four quarters of the depth. Pyramid: every stage."""
+        if not self.is_plain:
+            return self.taps
+        depth = len(self.taps)
+        return tuple(self.taps[max(0, round(depth * quarter / 4) - 1)] for quarter in (1, 2, 3, 4))
+
+
+def inspect_backbone(name: str, options: Mapping[str, Any] | None = None) -> BackboneLayout:
+    """Finds where a timm backbone can be tapped, by building it without memory (on torch's meta device).
+
+    Args:
+        name: timm's name, with or without a tag for its weights.
+        options: Arguments for `timm.create_model`.
+
+    Raises:
+        ValueError: timm has no such model, or it gives no intermediate features.
+    """
+    with torch.device("meta"):
+        body = _create(name, {**(options or {})})
+    if not (hasattr(body, "forward_intermediates") and hasattr(body, "prune_intermediate_layers")):
+        raise ValueError(f"Backbone {name!r} gives no intermediate features. Backbones that do: {FAMILIES}.")
+    parameters = inspect.signature(type(body).__init__).parameters
+    taps = (Tap(index, info["num_chs"], info["reduction"]) for index, info in enumerate(_feature_info(body)))
+    return BackboneLayout(
+        name=name,
+        taps=tuple(tap for tap in taps if tap.stride >= _FINEST_STRIDE),
+        fixed_image_size="img_size" in parameters,
+        takes_drop_path="drop_path_rate" in parameters,
+    )
+
+
+class Backbone(nn.Module):
+    """A timm backbone that returns the feature maps at given taps.
+
+    Layers, norms and heads that no tap needs are removed: they would cost memory, and distributed training complains
+    about parameters without a gradient.
+
+    Args:
+        layout: What `inspect_backbone` said.
+        taps: Where to take features, in the order they are returned.
+        image_size: (height, width) in pixels.
+        options: Arguments for `timm.create_model`.
+        pretrained: True for timm's weights, or a file, URL or hub id; False for random ones.
+        drop_path: Largest rate of stochastic depth.
+        frozen: Keep weights and statistics in training.
+        gradient_checkpointing: Recompute activations in backward.
+
+    Attributes:
+        body: The timm model, without what nothing reads.
+        weights_report: What the pre-trained weights filled, missed and left over; None for random ones.
+        pixel_mean, pixel_std: What images are normalised with, per channel, for values from 0 to 1.
+
+    Raises:
+        ValueError: an image size, option or weights that the backbone cannot take.
+    """
+
+    def __init__(
+        self,
+        *,
+        layout: BackboneLayout,
+        taps: Sequence[Tap],
+        image_size: tuple[int, int],
+        options: Mapping[str, Any] | None = None,
+        pretrained: bool | str = False,
+        drop_path: float = 0.0,
+        frozen: bool = False,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.name = layout.name
+        self.taps = tuple(taps)
+        self.image_size = image_size
+        self.fixed_image_size = layout.fixed_image_size
+        self.divisor = max(tap.stride for tap in layout.taps)
+        self._check_size(image_size)
+
+        arguments = dict(options or {})
+        if layout.fixed_image_size:
+            arguments["img_size"] = image_size
+        if drop_path > 0:
+            if not layout.takes_drop_path:
+                raise ValueError(
+                    f"Backbone {layout.name!r} has no stochastic depth; set drop_path to 0, not {drop_path}."
+                )
+            arguments["drop_path_rate"] = drop_path
+        self.body: Any = _create(layout.name, arguments)
+        self.pixel_mean: tuple[float, ...] = tuple(self.body.pretrained_cfg["mean"])
+        self.pixel_std: tuple[float, ...] = tuple(self.body.pretrained_cfg["std"])
+        self.weights_report: WeightsReport | None = None
+        if pretrained:
+            self.weights_report = load_backbone_weights(self.body, pretrained)
+
+        self._indices = sorted({tap.index for tap in taps})
+        self.body.prune_intermediate_layers(self._indices, prune_norm=True, prune_head=True)
+        if gradient_checkpointing:
+            self.body.set_grad_checkpointing(True)
+        self.frozen = frozen
+        if frozen:
+            self.requires_grad_(False)
+            self.train(False)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Feature maps of normalised images.
+
+        Args:
+            images: (B, 3, H, W).
+
+        Returns:
+            One map (B, channels, H / stride, W / stride) per tap, without class and register tokens.
+
+        Raises:
+            ValueError: images of a size that the backbone was not built for.
+        """
+        self._check_size((images.shape[-2], images.shape[-1]))
+        maps = self.body.forward_intermediates(images, indices=self._indices, stop_early=True, intermediates_only=True)
+        return [maps[self._indices.index(tap.index)] for tap in self.taps]
+
+    def load_resized(self, other: Backbone) -> None:
+        """Takes the weights of the same backbone built for another image size, resizing what depends on it.
+
+        Args:
+            other: That backbone.
+        """
+        if hasattr(other.body, "set_input_size"):
+            donor = copy.deepcopy(other.body)
+            donor.set_input_size(img_size=self.image_size)
+            self.body.load_state_dict(donor.state_dict())
+            return
+        weights = {name: tensor.clone() for name, tensor in other.body.state_dict().items()}
+        resize = getattr(sys.modules[type(self.body).__module__], "checkpoint_filter_fn", None)
+        self.body.load_state_dict(weights if resize is None else resize(weights, self.body))
+
+    def train(self, mode: bool = True) -> Backbone:
+        """As in torch, but a frozen backbone stays in evaluation mode, its statistics and dropout fixed."""
+        return super().train(mode and not self.frozen)
+
+    def _check_size(self, size: tuple[int, int]) -> None:
+        if self.fixed_image_size and size != self.image_size:
+            raise ValueError(
+                f"{self.name} was built for images of {self.image_size} (height, width), not {size}. Resize or crop "
+                "them, or make the model for another size with model.resized((height, width))."
+            )
+        if size[0] % self.divisor or size[1] % self.divisor:
+            down = [max(side // self.divisor, 1) * self.divisor for side in size]
+            up = [-(-side // self.divisor) * self.divisor for side in size]
+            raise ValueError(
+                f"Images of {size} (height, width) cannot be cut into the patches of {self.name}: each side must be a "
+                f"multiple of {self.divisor}, such as {tuple(down)} or {tuple(up)}."
+            )
+
+
+def _create(name: str, arguments: dict[str, Any]) -> Any:
+    try:
+        return timm.create_model(name, pretrained=False, num_classes=0, **arguments)
+    except RuntimeError as error:
+        if "Unknown model" not in str(error):
+            raise
+        alike = difflib.get_close_matches(name, timm.list_models(), n=5)
+        hint = f" Names like it: {', '.join(alike)}." if alike else ""
+        raise ValueError(f"timm has no model {name!r}.{hint} Families that serve: {FAMILIES}.") from error
+    except TypeError as error:
+        raise ValueError(f"Backbone {name!r} refuses its backbone_options {arguments}: {error}.") from error
+
+
+def _feature_info(body: Any) -> list[dict[str, Any]]:
+    info = body.feature_info
+    return list(info) if isinstance(info, list) else list(info.info)

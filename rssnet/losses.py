@@ -1,0 +1,325 @@
+"""Every loss and supervision.
+
+The paper (arXiv 2212.13764, abstract) says that auxiliary supervisions make regions more discriminative; which ones,
+and their weights, are ours.
+
+Shapes: B images of (H, W) pixels, K classes, d channels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import LossConfig
+from .decoder import RSSNetOutput
+from .separation import SeparationWeights, window_shifts
+
+
+class RSSNetLoss(nn.Module):
+    """The training loss: cross-entropy, and every supervision that the model's output has something for.
+
+    Args:
+        config: Weights and options.
+        num_classes: K.
+
+    Raises:
+        ValueError: class weights that are not one per class.
+    """
+
+    def __init__(self, config: LossConfig, num_classes: int) -> None:
+        super().__init__()
+        if config.class_weights is not None and len(config.class_weights) != num_classes:
+            raise ValueError(
+                f"{len(config.class_weights)} class_weights for {num_classes} classes; give one per class."
+            )
+        self.config = config
+        self.num_classes = num_classes
+        weights = None if config.class_weights is None else torch.tensor(config.class_weights)
+        self.register_buffer("class_weights", weights, persistent=False)
+
+    class_weights: Tensor | None
+
+    def forward(self, output: RSSNetOutput, labels: Tensor) -> dict[str, Tensor]:
+        """Losses of a batch.
+
+        Args:
+            output: What the model returned, in training with its auxiliary part.
+            labels: (B, H, W) int64 class ids, or `ignore_index`.
+
+        Returns:
+            "loss", the weighted total to minimise, and its parts as they are before weighting, averaged over layers:
+            "segmentation" and, where the output has something for them, "auxiliary", "attention_bce", "attention_dice",
+            "region_classification", "region_separation" and "separation_supervision". With no valid pixel all are zero.
+
+        Raises:
+            ValueError: labels on a CPU that are neither a class nor ignored. On other devices reading them would stall
+                the queue: there the loss comes out as NaN, and `check_batch` says why.
+        """
+        config = self.config
+        invalid = (labels != config.ignore_index) & ((labels < 0) | (labels >= self.num_classes))
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling() and invalid.any():
+            check_labels(labels, self.num_classes, config.ignore_index)
+        labels = labels.masked_fill(invalid, config.ignore_index)
+
+        parts = {"segmentation": self._cross_entropy(output.logits, labels)}
+        scales = {"segmentation": 1.0}
+        auxiliary = output.auxiliary
+        if auxiliary is not None:
+            parts["auxiliary"] = self._cross_entropy(auxiliary.deep_logits, labels)
+            scales["auxiliary"] = config.auxiliary
+            if auxiliary.attention:
+                shares = class_shares(labels, self.num_classes, auxiliary.attention[0].shape[-2:])
+                masks = [attention_losses(attention, shares) for attention in auxiliary.attention]
+                parts["attention_bce"] = torch.stack([bce for bce, _ in masks]).mean()
+                parts["attention_dice"] = torch.stack([dice for _, dice in masks]).mean()
+                scales["attention_bce"], scales["attention_dice"] = config.attention_bce, config.attention_dice
+                present = shares.sum(dim=(2, 3)) > 0  # (B, K)
+                parts["region_classification"] = torch.stack(
+                    [presence_loss(presence, present) for presence in auxiliary.presence]
+                ).mean()
+                scales["region_classification"] = config.region_classification
+            if auxiliary.pixels is not None:
+                pixels = auxiliary.pixels.detach() if config.detach_prototypes else auxiliary.pixels
+                prototypes, present = class_prototypes(pixels, labels, self.num_classes)
+                parts["region_separation"] = torch.stack(
+                    [
+                        region_separation_loss(regions, prototypes, present, config.temperature)
+                        for regions in auxiliary.regions
+                    ]
+                ).mean()
+                scales["region_separation"] = config.region_separation
+            if auxiliary.separation is not None and config.separation_supervision > 0:
+                parts["separation_supervision"] = separation_supervision_loss(
+                    auxiliary.separation, labels, self.num_classes
+                )
+                scales["separation_supervision"] = config.separation_supervision
+
+        # A weight of zero still touches its part: distributed training wants a gradient for every parameter.
+        total = torch.stack([scales[name] * part for name, part in parts.items()]).sum()
+        total = total.masked_fill(invalid.any(), torch.nan)
+        return {"loss": total, **parts}
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy(
+            logits,
+            labels,
+            ignore_index=self.config.ignore_index,
+            class_weights=self.class_weights,
+            label_smoothing=self.config.label_smoothing,
+            hardest_fraction=self.config.hardest_fraction,
+        )
+
+
+def check_labels(labels: Tensor, num_classes: int, ignore_index: int = 255) -> None:
+    """Says what is wrong with labels, if anything is.
+
+    Raises:
+        ValueError: a label that is neither a class nor ignored.
+    """
+    invalid = (labels != ignore_index) & ((labels < 0) | (labels >= num_classes))
+    if invalid.any():
+        values = labels[invalid].unique()
+        listed = ", ".join(str(value) for value in values[:5].tolist()) + (", ..." if len(values) > 5 else "")
+        raise ValueError(
+            f"Labels {listed} are out of range: they must be 0 to {num_classes - 1}, or {ignore_index} for pixels to "
+            "ignore. Convert the labels, or set num_classes to what they hold."
+        )
+
+
+def check_batch(images: Tensor, labels: Tensor, num_classes: int, ignore_index: int = 255) -> None:
+    """Says what is wrong with a batch, to be asked when a loss is not finite; it waits for the device.
+
+    Args:
+        images: (B, 3, H, W).
+        labels: (B, H, W).
+        num_classes: K.
+        ignore_index: Label of pixels that count nowhere.
+
+    Raises:
+        ValueError: an image with NaN or infinite values, or a label that is neither a class nor ignored.
+    """
+    broken = (~images.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
+    if broken:
+        raise ValueError(
+            f"Images {broken} of the batch have NaN or infinite values; check how they were decoded and normalised."
+        )
+    check_labels(labels, num_classes, ignore_index)
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = 255,
+    class_weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    hardest_fraction: float = 1.0,
+) -> Tensor:
+    """Cross-entropy at the labels' resolution, averaged over valid pixels; zero when there is none.
+
+    Args:
+        logits: (B, K, h, w), upsampled here to the labels' size.
+        labels: (B, H, W).
+        ignore_index: Label of pixels that count nowhere.
+        class_weights: (K,); the average is then weighted too.
+        label_smoothing: Share of the target spread evenly over classes.
+        hardest_fraction: Share of the valid pixels, those with the largest loss, that count.
+    """
+    logits = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear")
+    losses = F.cross_entropy(
+        logits,
+        labels,
+        weight=class_weights,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction="none",
+    )
+    valid = labels != ignore_index
+    weights = valid.to(losses.dtype)
+    if class_weights is not None:
+        weights = weights * class_weights[labels.masked_fill(~valid, 0)]
+    if hardest_fraction < 1:
+        kept = _hardest(losses.detach().masked_fill(~valid, -1.0).flatten(), valid.sum() * hardest_fraction)
+        kept = kept.reshape(losses.shape)
+        losses, weights = losses * kept, weights * kept
+    return losses.sum() / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
+
+
+def _hardest(losses: Tensor, count: Tensor) -> Tensor:
+    """Which of the flat losses are among the `count` largest, without asking the device how many that is."""
+    ranks = losses.argsort(descending=True).argsort()
+    return ranks < count
+
+
+def class_shares(labels: Tensor, num_classes: int, size: torch.Size | tuple[int, int]) -> Tensor:
+    """The share of each cell of a coarse grid that each class covers: one-hot labels, average-pooled.
+
+    Labels that are no class, such as the ignored one, count as nothing: where they lie, shares sum to less than one.
+
+    Args:
+        labels: (B, H, W).
+        num_classes: K.
+        size: (h, w) of the grid.
+
+    Returns:
+        (B, K, h, w).
+    """
+    batch, height, width = labels.shape
+    rows, columns = size
+    cell_row = torch.arange(height, device=labels.device) * rows // height
+    cell_column = torch.arange(width, device=labels.device) * columns // width
+    cell = cell_row[:, None] * columns + cell_column  # (H, W)
+    image = torch.arange(batch, device=labels.device)[:, None, None]
+    valid = (labels >= 0) & (labels < num_classes)
+    index = (image * num_classes + labels.masked_fill(~valid, 0)) * (rows * columns) + cell
+    # Counting at the labels' resolution holds no one-hot volume of (B, K, H, W).
+    counts = torch.zeros(batch * num_classes * rows * columns, device=labels.device)
+    counts = counts.scatter_add(0, index.flatten(), valid.flatten().to(counts.dtype))
+    area = torch.zeros(rows * columns, device=labels.device)
+    area = area.scatter_add(0, cell.flatten(), torch.ones(height * width, device=labels.device))
+    return (counts.reshape(batch, num_classes, rows * columns) / area).reshape(batch, num_classes, rows, columns)
+
+
+def attention_losses(attention: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """How far attention, read as masks of classes, is from the classes.
+
+    Args:
+        attention: (B, K, h, w), before a sigmoid.
+        shares: (B, K, h, w), from `class_shares`.
+
+    Returns:
+        Binary cross-entropy over all classes, per valid pixel and class; and one less Dice, over the classes present in
+        each image. Zero when nothing is valid.
+    """
+    attention = attention.float()
+    valid = shares.sum(dim=1, keepdim=True)  # (B, 1, h, w), from 0 to 1
+    # valid * bce(attention, shares / valid), without the division.
+    bce = (valid * F.softplus(attention) - shares * attention).sum()
+    bce = bce / (valid.sum() * attention.shape[1]).clamp(min=1)
+
+    masks = valid * attention.sigmoid()
+    overlap = (masks * shares).sum(dim=(2, 3))
+    total = masks.sum(dim=(2, 3)) + shares.sum(dim=(2, 3))
+    present = (shares.sum(dim=(2, 3)) > 0).to(overlap.dtype)
+    dice = 1 - 2 * overlap / total.clamp(min=torch.finfo(total.dtype).eps)
+    return bce, (dice * present).sum() / present.sum().clamp(min=1)
+
+
+def presence_loss(presence: Tensor, present: Tensor) -> Tensor:
+    """Binary cross-entropy of which classes are in each image; images without a valid pixel don't count.
+
+    Args:
+        presence: (B, K), before a sigmoid.
+        present: (B, K), boolean.
+    """
+    labelled = present.any(dim=1, keepdim=True).expand_as(present).float()
+    losses = F.binary_cross_entropy_with_logits(presence.float(), present.float(), reduction="none")
+    return (losses * labelled).sum() / labelled.sum().clamp(min=1)
+
+
+def class_prototypes(pixels: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """The mean pixel embedding of each class over its own ground-truth region, per image.
+
+    Args:
+        pixels: (B, d, h, w).
+        labels: (B, H, W), read at the nearest pixel.
+        num_classes: K.
+
+    Returns:
+        (B, K, d) means, zero for absent classes, and (B, K) which are present.
+    """
+    nearest = F.interpolate(labels[:, None].float(), size=pixels.shape[-2:], mode="nearest-exact")[:, 0].long()
+    ids = torch.arange(num_classes, device=labels.device)[:, None]
+    members = (nearest.flatten(1)[:, None] == ids).float()  # (B, K, h * w)
+    counts = members.sum(dim=2)
+    means = members @ pixels.float().flatten(2).transpose(1, 2) / counts.clamp(min=1)[..., None]
+    return means, counts > 0
+
+
+def region_separation_loss(regions: Tensor, prototypes: Tensor, present: Tensor, temperature: float) -> Tensor:
+    """InfoNCE on cosines: each region is pulled to its own class's pixels and pushed from those of other classes.
+
+    Args:
+        regions: (B, K, d).
+        prototypes: (B, K, d).
+        present: (B, K); other classes count neither as regions nor as others.
+        temperature: tau.
+    """
+    cosine = F.normalize(regions.float(), dim=-1) @ F.normalize(prototypes.float(), dim=-1).transpose(1, 2)
+    similarity = (cosine / temperature).masked_fill(~present[:, None, :], torch.finfo(cosine.dtype).min)
+    own = -similarity.log_softmax(dim=-1).diagonal(dim1=1, dim2=2)  # (B, K)
+    return own.masked_fill(~present, 0).sum() / present.sum().clamp(min=1)
+
+
+def separation_supervision_loss(weights: SeparationWeights, labels: Tensor, num_classes: int) -> Tensor:
+    """Tells SASM what attracts and what repels: attraction should fall on tokens of a location's class, repulsion not.
+
+    Negative log of the attraction on the same class and of the repulsion on other classes, averaged over the fine
+    locations whose window holds both.
+
+    Args:
+        weights: From the separation module.
+        labels: (B, H, W).
+        num_classes: K.
+    """
+    window, phases, height, width = weights.attraction.shape[2:]
+    ratio, kernel_size = round(phases**0.5), round(window**0.5)
+    fine_size = (height * ratio, width * ratio)
+    fine = F.interpolate(labels[:, None].float(), size=fine_size, mode="nearest-exact")
+    fine = F.pixel_unshuffle(fine, ratio).long()  # (B, r*r, h, w)
+    valid = (fine >= 0) & (fine < num_classes)
+
+    shares = class_shares(labels, num_classes, (height, width))
+    own = fine.masked_fill(~valid, 0)
+    same = torch.stack([shift.gather(1, own) for shift in window_shifts(shares, kernel_size)], dim=1)
+    labelled = torch.stack(window_shifts(shares.sum(dim=1, keepdim=True), kernel_size), dim=1)
+    other = labelled - same  # (B, k*k, r*r, h, w)
+
+    mixed = (valid & (same.amax(dim=1) > 0.5) & (other.amax(dim=1) > 0.5)).float()
+    attracted = (weights.attraction.float() * same[:, None]).sum(dim=2)
+    repelled = (weights.repulsion.float() * other[:, None]).sum(dim=2)
+    tiny = torch.finfo(attracted.dtype).eps
+    losses = -(attracted.clamp(min=tiny).log() + repelled.clamp(min=tiny).log()).mean(dim=1)  # (B, r*r, h, w)
+    return (losses * mixed).sum() / mixed.sum().clamp(min=1)

@@ -1,0 +1,149 @@
+"""RSSNet: any timm backbone, and the decoder that the config names.
+
+Implements *Representation Separation for Semantic Segmentation with Vision Transformers* (Hong, Pan, Sun, Yu, Gao;
+arXiv 2212.13764). No code was released: what the abstract fixes is marked in each module, the rest is our own reading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from .backbone import Backbone, inspect_backbone
+from .baselines import LinearHead, UPerNetHead
+from .classes import Classes
+from .config import RSSNetConfig
+from .decoder import RSSNetDecoder, RSSNetOutput
+from .serialization import Saved, read_model, write_model
+
+_DECODERS = {"rssnet": RSSNetDecoder, "linear": LinearHead, "upernet": UPerNetHead}
+
+
+class RSSNet(nn.Module):
+    """A semantic segmentation model.
+
+    Args:
+        config: What it is made of; `num_classes` must be given.
+        classes: Names and colours of the classes; neutral ones when not given.
+
+    Attributes:
+        config: As given.
+        classes: Names and palette.
+        backbone: The global pathway. With `decoder` it partitions the parameters.
+        decoder: Everything after it.
+        pixel_mean, pixel_std: What images are normalised with, per channel, for values from 0 to 1.
+
+    Raises:
+        ValueError: a config that cannot be built; the message says what would be.
+    """
+
+    def __init__(self, config: RSSNetConfig, classes: Classes | None = None) -> None:
+        super().__init__()
+        if config.num_classes is None:
+            raise ValueError("num_classes is not given: set it in RSSNetConfig to the number of classes of the labels.")
+        self.config = config
+        self.classes = Classes.default(config.num_classes) if classes is None else classes
+        if len(self.classes) != config.num_classes:
+            raise ValueError(
+                f"{len(self.classes)} classes are named but num_classes is {config.num_classes}; make them agree."
+            )
+        layout = inspect_backbone(config.backbone, config.backbone_options)
+        decoder = _DECODERS[config.head]
+        self.backbone = Backbone(
+            layout=layout,
+            taps=decoder.taps(config, layout),
+            image_size=config.image_hw,
+            options=config.backbone_options,
+            pretrained=config.pretrained,
+            drop_path=config.drop_path,
+            frozen=config.freeze_backbone,
+            gradient_checkpointing=config.gradient_checkpointing,
+        )
+        self.decoder = decoder(config=config, layout=layout)
+        self.pixel_mean = self.backbone.pixel_mean
+        self.pixel_std = self.backbone.pixel_std
+
+    def forward(self, images: Tensor) -> RSSNetOutput:
+        """Classifies pixels.
+
+        Args:
+            images: (B, 3, H, W), normalised with `pixel_mean` and `pixel_std`.
+
+        Returns:
+            Logits (B, K, H / 4, W / 4) and, in training, what the losses supervise beside them.
+
+        Raises:
+            ValueError: images of a shape that the model cannot take or, in eager mode on a CPU, with NaN or infinity.
+                Elsewhere that check would stall the device: there a loss that is not finite is the sign, and
+                `rssnet.losses.check_batch` then says what is wrong.
+        """
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"Images must be (B, 3, H, W), not {tuple(images.shape)}.")
+        if images.device.type == "cpu" and not torch.compiler.is_compiling() and not images.isfinite().all():
+            raise ValueError("An image has NaN or infinite values; check how it was decoded and normalised.")
+        return self.decoder(images, self.backbone(images))
+
+    def resized(self, image_size: int | tuple[int, int]) -> RSSNet:
+        """The same model for images of another size, position embeddings and biases resized; weights are copied.
+
+        Args:
+            image_size: Side, or (height, width), in pixels.
+
+        Raises:
+            ValueError: a size that the backbone cannot take.
+        """
+        model = RSSNet(replace(self.config, image_size=image_size, pretrained=False), self.classes)
+        model.backbone.load_resized(self.backbone)
+        model.decoder.load_state_dict(self.decoder.state_dict())
+        return model.train(self.training)
+
+    def save_pretrained(self, folder: str) -> None:
+        """Writes `config.json`, `model.safetensors`, `classes.json` and a model card, `README.md`.
+
+        Args:
+            folder: A path or an fsspec URL; made if it is missing.
+        """
+        write_model(str(folder), Saved(config=self.config, classes=self.classes, weights=self.state_dict()))
+
+    @classmethod
+    def from_pretrained(cls, source: str, image_size: int | tuple[int, int] | None = None) -> RSSNet:
+        """Reads what `save_pretrained` wrote, in evaluation mode. Never downloads backbone weights, never unpickles.
+
+        Args:
+            source: A folder, an fsspec URL of one, or a hub id, owner/name.
+            image_size: The size of images to make the model for; the saved one when not given.
+
+        Raises:
+            ValueError: no such model, or one that does not fit its own config.
+        """
+        saved = read_model(str(source))
+        model = cls(replace(saved.config, pretrained=False), saved.classes)
+        misfits = _misfits(model.state_dict(), saved.weights)
+        if misfits:
+            raise ValueError(
+                f"The weights at {source} are not of the model that its config.json describes ({saved.config.head} on "
+                f"{saved.config.backbone}, {saved.config.num_classes} classes): {'; '.join(misfits[:5])}"
+                f"{'; ...' if len(misfits) > 5 else ''}. Save the model again, or restore the config.json that belongs "
+                "to these weights."
+            )
+        model.load_state_dict(saved.weights)
+        model.config = saved.config
+        model.eval()
+        return model if image_size is None else cast(RSSNet, model.resized(image_size))
+
+
+def _misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    """What is wrong with found weights, a phrase for each."""
+    return [
+        *(f"{name} is missing" for name in sorted(expected.keys() - found.keys())),
+        *(f"{name} is left over" for name in sorted(found.keys() - expected.keys())),
+        *(
+            f"{name} is {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
+            for name in sorted(expected.keys() & found.keys())
+            if expected[name].shape != found[name].shape
+        ),
+    ]

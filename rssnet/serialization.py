@@ -1,0 +1,101 @@
+"""How a model lies in a folder: config.json, model.safetensors, classes.json and README.md, the model card.
+
+Folders are paths, fsspec URLs or, to read, ids on the Hugging Face hub. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+import safetensors.torch
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from torch import Tensor
+
+from .classes import Classes
+from .config import RSSNetConfig
+from .model_card import model_card
+
+FORMAT_VERSION = 1
+CONFIG, WEIGHTS, CLASSES, CARD = "config.json", "model.safetensors", "classes.json", "README.md"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a folder holds.
+
+    Attributes:
+        config: The model's config.
+        classes: Its classes.
+        weights: Its state dict.
+    """
+
+    config: RSSNetConfig
+    classes: Classes
+    weights: dict[str, Tensor]
+
+
+def write_model(folder: str, saved: Saved) -> None:
+    """Writes a model to a path or fsspec URL; `config.json`, without which nothing is read, comes last."""
+    files, root = url_to_fs(folder)
+    files.makedirs(root, exist_ok=True)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in saved.weights.items()}
+    header = {"format": "rssnet", "version": FORMAT_VERSION, **saved.config.to_dict()}
+    files.pipe_file(f"{root}/{WEIGHTS}", safetensors.torch.save(weights, metadata={"format": "pt"}))
+    files.pipe_file(f"{root}/{CLASSES}", saved.classes.to_json().encode())
+    files.pipe_file(f"{root}/{CARD}", model_card(saved.config, saved.classes, saved.weights).encode())
+    files.pipe_file(f"{root}/{CONFIG}", (json.dumps(header, indent=2) + "\n").encode())
+
+
+def read_model(source: str) -> Saved:
+    """Reads what `write_model` wrote.
+
+    Args:
+        source: A folder, an fsspec URL of one, or a hub id, owner/name.
+
+    Raises:
+        ValueError: no such model, or files that cannot be read as one.
+    """
+    files, root = _locate(source)
+    try:
+        header = json.loads(_read(files, f"{root}/{CONFIG}"))
+        classes = Classes.from_json(_read(files, f"{root}/{CLASSES}").decode())
+        weights = safetensors.torch.load(_read(files, f"{root}/{WEIGHTS}"))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"There is no model at {source!r}: it needs {CONFIG}, {WEIGHTS} and {CLASSES}, as save_pretrained writes, "
+            f"and {error} is missing."
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+        raise ValueError(f"A file of the model at {source!r} is damaged: {error}. Save or copy it again.") from error
+    if header.pop("format", None) != "rssnet" or header.pop("version", None) != FORMAT_VERSION:
+        raise ValueError(
+            f"{source!r} holds no model of format rssnet, version {FORMAT_VERSION}; save it with this version."
+        )
+    return Saved(config=RSSNetConfig.from_dict(header), classes=classes, weights=weights)
+
+
+def _read(files: AbstractFileSystem, path: str) -> bytes:
+    with files.open(path, "rb") as stream:
+        content = stream.read()
+    assert isinstance(content, bytes)
+    return content
+
+
+def _locate(source: str) -> tuple[AbstractFileSystem, str]:
+    is_url = "://" in source
+    if is_url or Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
+        files, root = url_to_fs(source)
+        return files, root
+    try:
+        return fsspec.filesystem("file"), snapshot_download(source, allow_patterns=[CONFIG, WEIGHTS, CLASSES])
+    except Exception as error:
+        raise ValueError(
+            f"{source!r} is no folder here, and the Hugging Face hub did not give it: "
+            f"{error}. Give a folder, a URL or owner/name."
+        ) from error
