@@ -26,7 +26,7 @@ def connected() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    quiet = {"log_to_driver": False, "logging_level": logging.WARNING}
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     address = os.environ.get("RAY_ADDRESS")
     if address:
         try:
@@ -44,6 +44,8 @@ def connected() -> Iterator[None]:
             object_store_memory=LOCAL_OBJECT_STORE_BYTES,
             **quiet,
         )
+    for name in ("ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # the stages announce what they do themselves
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
         yield

@@ -9,16 +9,15 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, set_parsing_settings
 
-from pipeline.cluster import connected
 from pipeline.errors import PipelineError, mendable_cause
 
 
 class _Parser(ArgumentParser):
     """Says what is wrong with a call in one line, without the usage text before it."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # noqa: ARG002
         reason = " ".join(str(message).split())
         print(f"error: {reason} See {self.prog} --help.", file=sys.stderr, flush=True)
         raise SystemExit(2)
@@ -28,7 +27,7 @@ def parser_for(config_class: type, description: str, program: str | None = None)
     """The parser of a workflow: every field of the dataclass is a flag, a YAML key and an environment variable."""
     set_parsing_settings(config_read_mode_fsspec_enabled=True)
     parser = _Parser(prog=program, description=description, default_env=True, env_prefix="RSSNET")
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file or URL; later flags override its fields")
+    parser.add_argument("--config", action="config", help="YAML file or URL; later flags override its fields")
     parser.add_class_arguments(config_class, as_group=False, fail_untyped=True)
     return parser
 
@@ -40,7 +39,7 @@ def parse(config_class: type, description: str, arguments: Sequence[str] | None 
         values = parser.parse_args(arguments)
     except Exception as error:  # what a store's client raises for --config URL has many classes
         parser.error(f"the configuration cannot be read: {type(error).__name__}: {error}.")
-    fields = parser.instantiate_classes(values).as_dict()
+    fields = dict(vars(parser.instantiate_classes(values)))
     fields.pop("config", None)
     return config_class(**fields)
 
@@ -48,14 +47,9 @@ def parse(config_class: type, description: str, arguments: Sequence[str] | None 
 def run_workflow(
     work: Callable[[Any], object], config_class: type, description: str, arguments: Sequence[str] | None = None
 ) -> NoReturn:
-    """Parse, connect to Ray, do the work, and end the process with the right exit code."""
+    """Parse, do the work, and end the process with the right exit code."""
     config = parse(config_class, description, arguments)
-    raise SystemExit(guarded(lambda: _connected_work(work, config)))
-
-
-def _connected_work(work: Callable[[Any], object], config: Any) -> None:
-    with connected():
-        work(config)
+    raise SystemExit(guarded(lambda: work(config)))
 
 
 def guarded(work: Callable[[], object]) -> int:

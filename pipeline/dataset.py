@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
-from rssnet.classes import Classes
 
 from pipeline import storage
 from pipeline.errors import PipelineError
+from rssnet.classes import Classes
 
 IGNORE_LABEL = 255
 INFO_FILE = "dataset.json"

@@ -1,7 +1,8 @@
 """Writing a Ray dataset as Parquet files, each of which appears whole or not at all."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from ray.data.datasource import WriteResult
 from pipeline import storage
 from pipeline.progress import Reporter
 
-ROW_GROUP_ROWS = 64
+ROW_GROUP_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,13 @@ class Written:
 class ParquetSink(Datasink[Written]):
     """Writes each block of a dataset below `url`; used with `Dataset.write_datasink`, then read `written`.
 
-    A file is encoded in memory and stored in one atomic step, so readers never see a part of one, also on a local disk. Its
-    name is made of its rows' ids: a task that Ray runs again replaces its file instead of doubling its rows.
+    A file is encoded in memory and stored in one atomic step, so readers never see a part of one, also on a local disk.
+    Its name is made of its rows' ids: a task that Ray runs again replaces its file instead of doubling its rows.
 
     Args:
         url: the output place.
         route: splits a table into parts, each with the folder (below `url`) and the columns that it is written with.
-        key: name of the column whose values name the file.
+        key: the columns that together tell a row from every other; their values name the file.
         summarize: what to send back to the driver about a table; must stay small.
         reporter: is told how many rows were written.
         rows_per_file: rows that Ray gathers for one file.
@@ -52,12 +53,13 @@ class ParquetSink(Datasink[Written]):
         self,
         url: str,
         route: Callable[[pa.Table], Iterable[tuple[str, pa.Table]]],
-        key: str,
+        key: str | Sequence[str],
         summarize: Callable[[pa.Table], Any],
         reporter: Reporter,
         rows_per_file: int,
     ) -> None:
-        self.url, self.route, self.key, self.summarize = url, route, key, summarize
+        self.url, self.route, self.summarize = url, route, summarize
+        self.key = [key] if isinstance(key, str) else list(key)
         self.reporter, self.rows_per_file = reporter, rows_per_file
         self.written = Written()
 
@@ -70,8 +72,7 @@ class ParquetSink(Datasink[Written]):
             return written
         table = pa.concat_tables(tables, promote_options="permissive")
         for folder, part in self.route(table):
-            name = hashlib.sha256("\n".join(map(str, part[self.key].to_pylist())).encode()).hexdigest()[:20]
-            path = f"{folder}/part-{name}.parquet"
+            path = f"{folder}/{file_name(part, self.key)}"
             write_table(storage.join(self.url, path), part)
             written.files.append(WrittenFile(path, part.num_rows))
         written.summaries.append(self.summarize(table))
@@ -91,6 +92,12 @@ class ParquetSink(Datasink[Written]):
         return self.rows_per_file
 
 
+def file_name(table: pa.Table, key: Sequence[str]) -> str:
+    """The name of the file that holds these rows, made of their `key` columns: the same rows in any order, one name."""
+    rows = sorted(zip(*(table[column].to_pylist() for column in key), strict=True))
+    return f"part-{hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:20]}.parquet"
+
+
 def write_table(url: str, table: pa.Table) -> None:
     """Store a table as one Parquet file, atomically. Encoded images inside are not compressed twice."""
     buffer = pa.BufferOutputStream()
@@ -98,5 +105,5 @@ def write_table(url: str, table: pa.Table) -> None:
         name for name, kind in zip(table.schema.names, table.schema.types, strict=True) if pa.types.is_binary(kind)
     }
     compression = {name: "NONE" if name in binary else "ZSTD" for name in table.schema.names}
-    pq.write_table(table, buffer, row_group_size=ROW_GROUP_ROWS, compression=compression, write_page_index=True)
+    pq.write_table(table, buffer, row_group_size=ROW_GROUP_ROWS, write_page_index=True, **{"compression": compression})
     storage.write_bytes(url, buffer.getvalue().to_pybytes())

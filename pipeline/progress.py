@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
@@ -24,7 +25,6 @@ def announce(text: str) -> None:
     print(text, flush=True)
 
 
-@ray.remote(num_cpus=0, max_concurrency=8)
 class _Board:
     """Where workers write how far they are; the driver reads it."""
 
@@ -67,7 +67,7 @@ class Progress(AbstractContextManager["Progress"]):
 
     def __init__(self, title: str, total: int, unit: str) -> None:
         self.title, self.total, self.unit = title, total, unit
-        self._board = _Board.remote()
+        self._board = ray.remote(_Board).options(num_cpus=0).remote()
         self.reporter = Reporter(self._board)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._show, name=f"progress-{title}", daemon=True)
@@ -93,7 +93,7 @@ class Progress(AbstractContextManager["Progress"]):
                 self._show_bar()
             else:
                 self._show_lines()
-        except (ray.exceptions.RayError, RuntimeError) as error:  # the cluster is gone: the work itself says why
+        except (RayError, RuntimeError) as error:  # the cluster is gone: the work itself says why
             _log.debug("progress display ended: %s", error)
 
     def _show_bar(self) -> None:

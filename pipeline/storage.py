@@ -1,7 +1,7 @@
 """URL to filesystem, atomic writes, listing with versions: the only module that knows one store from another.
 
-A place is `s3://bucket/key`, `gs://bucket/key`, `file:///path` or a plain path. Keys are taken literally: `%`, `#`, `?`,
-`+` and blanks are part of the name and are never decoded.
+A place is `s3://bucket/key`, `gs://bucket/key`, `file:///path` or a plain path. Keys are taken literally: `%`, `#`,
+`?`, `+` and blanks are part of the name and are never decoded.
 
 Bulk bytes (Parquet, checkpoints) go through pyarrow's filesystems (`arrow_filesystem`), which Ray retries best. Small
 control files and listings with ETags go through fsspec. Credentials and endpoints come from the environment
@@ -57,7 +57,7 @@ def split(url: str) -> tuple[str, str]:
         raise StorageError("An empty URL was given: name a place like s3://bucket/prefix or a folder.")
     scheme, separator, path = url.partition("://")
     if not separator:
-        return "file", str(Path(url).expanduser().absolute())
+        return "file", os.path.abspath(Path(url).expanduser())  # noqa: PTH100 - resolve() would follow links
     if scheme not in SCHEMES:
         known = ", ".join(f"{name}://" for name in SCHEMES)
         raise StorageError(f"{redacted(url)} has the unknown scheme {scheme}://: use {known} or a plain path.")
@@ -161,9 +161,10 @@ def exists(url: str) -> bool:
 
 
 def list_objects(url: str) -> Iterator[StoredObject]:
-    """Every object at or below `url`, recursively, sorted by key. Hidden names (a path part with a leading dot) are left out.
+    """Every object at or below `url`, recursively, sorted by key.
 
-    An empty prefix lists nothing; a bucket that does not exist is an error.
+    Hidden names (a path part with a leading dot) are left out. An empty prefix lists nothing; a bucket that does not
+    exist is an error.
     """
     scheme, path = split(url)
     filesystem = _fsspec(scheme)
@@ -176,6 +177,23 @@ def list_objects(url: str) -> Iterator[StoredObject]:
         if info.get("type") == "directory" or key.endswith("/") or "/." in below:
             continue
         yield StoredObject(url=prefix + key, size=int(info["size"] or 0), version=_version(info))
+
+
+def stat(url: str) -> StoredObject:
+    """One object as it is now, for telling whether it has changed since it was listed.
+
+    Raises:
+        FileNotFoundError: if there is no such object.
+        StorageError: if the store cannot say.
+    """
+    scheme, path = split(url)
+    try:
+        info = _fsspec(scheme).info(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{url} does not exist") from error
+    except Exception as error:
+        raise _explanation(url, error) from error
+    return StoredObject(url=url, size=int(info["size"] or 0), version=_version(info))
 
 
 def delete(url: str) -> None:
