@@ -255,7 +255,8 @@ class _Canvas:
             size = (right - left, bottom - top)
             patch = thing.sprite.transform(size, Image.Transform.AFFINE, place, Image.Resampling.BILINEAR)
         else:
-            fine = 3 if (right - left) * (bottom - top) < 9000 else 2
+            # Small things need the finest edges; the skyline's are lost in the haze.
+            fine = 1 if thing.depth > STREET_END else 3 if (right - left) * (bottom - top) < 9000 else 2
             # RGBX: four plain bands, which Pillow does not divide by alpha again.
             patch = Image.new("RGBX", ((right - left) * fine, (bottom - top) * fine))
             draw, spread, start = ImageDraw.Draw(patch), ((pixels - (left, top)) * fine).ravel().tolist(), 0
