@@ -117,7 +117,7 @@ class Predictor:
                 yield from jobs[-1].windows
 
         windows = all_windows()
-        with _evaluation_mode(self.model):
+        with evaluation_mode(self.model):
             while batch := list(islice(windows, self.window_batch)):
                 logits = self._forward(torch.stack([window.job.pixels(window) for window in batch]))
                 for window, window_logits in zip(batch, logits, strict=True):
@@ -258,7 +258,7 @@ def _check_image(index: int, image: Tensor) -> None:
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Dropout and the like are off inside; afterwards every module is as it was, frozen parts included."""
     training = [module for module in model.modules() if module.training]
     model.eval()
