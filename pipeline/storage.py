@@ -10,14 +10,16 @@ control files and listings with ETags go through fsspec. Credentials and endpoin
 
 import contextlib
 import errno
+import functools
 import json
 import os
-import posixpath
 import re
+import shutil
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import Any
 
 import fsspec
@@ -26,6 +28,13 @@ import pyarrow.fs as arrow_fs
 from pipeline.errors import PipelineError
 
 SCHEMES = ("s3", "gs", "file")
+
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_HOST_AND_PORT = re.compile(r"([^:@\[\]]+:[0-9]+|\[[0-9A-Fa-f:.]+\](:[0-9]+)?)[.,:;)'\"]*")
+_SECRET_PARAMETER = re.compile(
+    r"([?&](?:access_key|secret_key|session_token|token|sig|X-Amz-(?:Signature|Credential|Security-Token))=)[^&\s]+",
+    re.IGNORECASE,
+)
 
 
 class StorageError(PipelineError):
@@ -51,12 +60,17 @@ def split(url: str) -> tuple[str, str]:
     """The scheme and the path of a URL; the scheme of a plain path is `file`, and its path is made absolute.
 
     Raises:
-        StorageError: for a scheme that is not supported, a URL without a bucket, or an empty URL.
+        StorageError: for a scheme that is not supported, a URL without a bucket or with credentials in it, a name that
+            a store's client library would take for another, or an empty URL.
     """
     if not url:
         raise StorageError("An empty URL was given: name a place like s3://bucket/prefix or a folder.")
+    _refuse_misread_names(url)
     scheme, separator, path = url.partition("://")
     if not separator:
+        before_colon, colon, _ = url.partition(":")
+        if colon and before_colon in SCHEMES:
+            raise StorageError(f"{redacted(url)} lacks a slash: write {before_colon}:// before the place.")
         return "file", os.path.abspath(Path(url).expanduser())  # noqa: PTH100 - resolve() would follow links
     if scheme not in SCHEMES:
         known = ", ".join(f"{name}://" for name in SCHEMES)
@@ -64,23 +78,48 @@ def split(url: str) -> tuple[str, str]:
     if scheme == "file":
         if not path.startswith("/"):
             raise StorageError(f"{url} has a host or a relative path: write file:///absolute/path.")
-        return scheme, path
-    if "@" in path.partition("/")[0]:
+        return scheme, os.path.abspath(path)  # noqa: PTH100
+    if redacted(url) != url:
         raise StorageError(f"{redacted(url)} carries credentials: remove them and set them in the environment instead.")
-    path = path.strip("/")
-    if not path:
+    bucket = path.partition("/")[0]
+    if not bucket:
         raise StorageError(f"{url} names no bucket: write {scheme}://bucket/prefix.")
-    return scheme, path
+    if not _BUCKET.fullmatch(bucket):
+        raise StorageError(
+            f"{url}: {bucket!r} cannot be a bucket's name: use letters, digits, dots, dashes and underscores only."
+        )
+    return scheme, path.rstrip("/")
 
 
-def redacted(url: str) -> str:
-    """The URL without user name and password, fit for a log or a record."""
-    return re.sub(r"://[^/@]*@", "://***@", url)
+def redacted(text: str) -> str:
+    """A URL, or a text with URLs in it, without user names, passwords and keys: fit for a log or a record."""
+    return _SECRET_PARAMETER.sub(r"\1***", re.sub(r"(?<=://)\S+", _without_user, text))
+
+
+def _without_user(match: re.Match[str]) -> str:
+    """What follows `://`, with `***` in place of a user and password."""
+    rest = match.group()
+    authority = rest.partition("/")[0]
+    user, at, _ = authority.rpartition("@")
+    if at and ":" not in user:
+        return f"***{rest[len(user) :]}"
+    if at or (":" in authority and not _HOST_AND_PORT.fullmatch(authority)):
+        # A password, in which slashes are common: everything before the last @ may be part of it.
+        _, at, place = rest.rpartition("@")
+        return f"***@{place}" if at else "***"
+    return rest
+
+
+def _refuse_misread_names(url: str) -> None:
+    if any(ord(character) < 32 or ord(character) == 127 for character in url):
+        raise StorageError(f"{redacted(url)!r} has a control character in its name: rename it.")
+    if "?versionId=" in url and "://" in url:  # s3fs drops this and all that follows: another object's name
+        raise StorageError(f"{redacted(url)} names a version: name the object alone, without ?versionId=.")
 
 
 def join(url: str, *parts: str) -> str:
-    """The place `parts` below `url`."""
-    return posixpath.join(url.rstrip("/") or "/", *parts)
+    """The place `parts` below `url`; a part that begins with a slash is below it, too."""
+    return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
 def absolute(url: str) -> str:
@@ -128,7 +167,7 @@ def write_bytes(url: str, data: bytes) -> None:
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
+        temporary = target.with_name(f".{uuid.uuid4().hex}.part")  # hidden from listings, short for any name
         try:
             with temporary.open("wb") as file:
                 file.write(data)
@@ -157,7 +196,11 @@ def exists(url: str) -> bool:
     """Whether an object, or anything below a prefix, is there."""
     scheme, path = split(url)
     with _explained(url):
-        return bool(_fsspec(scheme).exists(path))
+        try:
+            _fsspec(scheme).info(path)  # not exists(): that says no where a bucket cannot be reached
+        except FileNotFoundError:
+            return False
+        return True
 
 
 def list_objects(url: str) -> Iterator[StoredObject]:
@@ -167,16 +210,39 @@ def list_objects(url: str) -> Iterator[StoredObject]:
     exist is an error.
     """
     scheme, path = split(url)
-    filesystem = _fsspec(scheme)
     with _explained(url):
-        found = filesystem.find(path, detail=True)
-    prefix = "" if scheme == "file" else f"{scheme}://"
+        found = _local_files(path) if scheme == "file" else _fsspec(scheme).find(path, detail=True)
+    prefix = f"{scheme}://" if "://" in url else ""
     for key in sorted(found):
         info = found[key]
         below = key[len(path) :]
         if info.get("type") == "directory" or key.endswith("/") or "/." in below:
             continue
         yield StoredObject(url=prefix + key, size=int(info["size"] or 0), version=_version(info))
+
+
+def _local_files(path: str, within: frozenset[tuple[int, int]] = frozenset()) -> dict[str, dict[str, Any]]:
+    """Size and modification time of every file at or below a local path, hidden ones and their folders left out.
+
+    Links are followed, as an object store knows none; fsspec's own listing gives the link's time and not the file's,
+    and passes over folders that it may not read. `within` holds the folders above, so that a link to one of them ends.
+    """
+    place = Path(path)
+    try:
+        status = place.stat()
+    except FileNotFoundError:
+        # A link to nothing is listed, so that whoever reads it learns of it; what was just deleted is not.
+        return {path: {"size": 0, "mtime": place.lstat().st_mtime}} if place.is_symlink() else {}
+    if S_ISREG(status.st_mode):
+        return {path: {"size": status.st_size, "mtime": status.st_mtime}}
+    identity = (status.st_dev, status.st_ino)
+    if not S_ISDIR(status.st_mode) or identity in within:
+        return {}
+    found = {}
+    for below in place.iterdir():
+        if not below.name.startswith("."):
+            found.update(_local_files(str(below), within | {identity}))
+    return found
 
 
 def stat(url: str) -> StoredObject:
@@ -199,14 +265,15 @@ def stat(url: str) -> StoredObject:
 def delete(url: str) -> None:
     """Delete an object, or everything below a prefix. Nothing there is no error."""
     scheme, path = split(url)
-    filesystem = _fsspec(scheme)
     with _explained(url):
-        if scheme == "file":
-            if Path(path).exists():
-                filesystem.rm(path, recursive=True)
-            return
-        for key in filesystem.find(path):
-            filesystem.rm_file(key)
+        if scheme != "file":
+            filesystem = _fsspec(scheme)
+            for key in {*filesystem.find(path), path} - {path.partition("/")[0]}:
+                filesystem.rm_file(key)
+        elif Path(path).is_dir() and not Path(path).is_symlink():
+            shutil.rmtree(path)
+        else:
+            Path(path).unlink(missing_ok=True)
 
 
 def upload_folder(folder: Path, url: str) -> None:
@@ -222,12 +289,23 @@ def require_bucket(url: str) -> None:
     if scheme != "file":
         bucket = path.partition("/")[0]
         with _explained(url):
-            _fsspec(scheme).ls(bucket)
+            try:
+                _fsspec(scheme).info(bucket)
+            except FileNotFoundError as error:
+                raise _no_bucket(url) from error
 
 
 def _fsspec(scheme: str) -> Any:
+    # fsspec and s3fs keep the client that they first made. Another endpoint or identity in the environment, and another
+    # process after a fork, need another one.
+    environment = frozenset(item for item in os.environ.items() if item[0].startswith("AWS_"))
+    return _client(scheme, environment, os.getpid())
+
+
+@functools.lru_cache(maxsize=8)
+def _client(scheme: str, environment: frozenset[tuple[str, str]], process: int) -> Any:  # noqa: ARG001 - cache keys
     try:
-        return fsspec.filesystem(scheme, use_listings_cache=False)
+        return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True)
     except ImportError as error:
         raise StorageError(f"{scheme}:// needs a package that is not installed: {error}") from error
 
@@ -252,27 +330,44 @@ def _explained(url: str) -> Iterator[None]:
 
 def _explanation(url: str, error: Exception) -> StorageError:
     """The one sentence for a failure of a store's client library, whose classes differ by store and by layer."""
-    place, text, kind = redacted(url), str(error), type(error).__name__
-    bucket = split(url)[1].partition("/")[0]
-    if "bucket does not exist" in text or "NO_SUCH_BUCKET" in text or "NoSuchBucket" in text:
-        return StorageError(f"{place}: there is no bucket named {bucket}: create it, or correct the name.")
+    place, text = redacted(url), str(error)
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    scheme, path = split(url)
+    if any(said in text for said in ("bucket does not exist", "NO_SUCH_BUCKET", "NoSuchBucket")):
+        return _no_bucket(url)
+    if scheme != "file" and "/" not in path and "ParamValidationError" in kinds:
+        return StorageError(f"{place} is a bucket: name an object or a prefix in it.")
     if isinstance(error, FileNotFoundError):
         return StorageError(f"{place} does not exist: correct the URL, or run the step that writes it.")
-    if kind in ("EndpointConnectionError", "ConnectTimeoutError", "ConnectionError") or "NETWORK_CONNECTION" in text:
-        endpoint = os.environ.get("AWS_ENDPOINT_URL", "the store's default endpoint")
-        return StorageError(f"{place}: no connection to {redacted(endpoint)}: check AWS_ENDPOINT_URL and the network.")
-    if kind in ("NoCredentialsError", "PartialCredentialsError"):
-        return StorageError(
-            f"{place}: no credentials found: set them in the environment or give the machine an identity."
-        )
-    if isinstance(error, PermissionError) or "ACCESS_DENIED" in text:
-        return StorageError(
-            f"{place}: access denied: check the credentials in the environment and the bucket's policy."
-        )
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return StorageError(f"{place}: no space left on the device: free some, or choose another place.")
     if isinstance(error, (NotADirectoryError, IsADirectoryError, FileExistsError)):
         return StorageError(
             f"{place}: a file and a folder of the same name are in each other's way: choose another place."
         )
-    return StorageError(f"{place}: {kind}: {' '.join(text.split())[:300]}")
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return StorageError(f"{place}: no space left on the device: free some, or choose another place.")
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return StorageError(f"{place[:80]}...: the name is too long for this disk: shorten it.")
+    if scheme == "file" and isinstance(error, PermissionError):
+        return StorageError(f"{place}: permission denied: change the folder's permissions, or choose another place.")
+    if "Invalid endpoint" in text:
+        endpoint = redacted(os.environ.get("AWS_ENDPOINT_URL", ""))
+        return StorageError(f"AWS_ENDPOINT_URL={endpoint} is not a URL: write it like https://host:port.")
+    if kinds & {"ConnectionError", "HTTPClientError", "TimeoutError"} or "NETWORK_CONNECTION" in text:
+        endpoint = os.environ.get("AWS_ENDPOINT_URL", "the store's default endpoint")
+        return StorageError(f"{place}: no connection to {redacted(endpoint)}: check AWS_ENDPOINT_URL and the network.")
+    if kinds & {"NoCredentialsError", "PartialCredentialsError"}:
+        return StorageError(
+            f"{place}: no credentials found: set them in the environment or give the machine an identity."
+        )
+    if isinstance(error, PermissionError) or any(
+        said in text for said in ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH")
+    ):
+        return StorageError(
+            f"{place}: access denied: check the credentials in the environment and the bucket's policy."
+        )
+    return StorageError(f"{place}: {type(error).__name__}: {redacted(' '.join(text.split()))[:300]}")
+
+
+def _no_bucket(url: str) -> StorageError:
+    bucket = split(url)[1].partition("/")[0]
+    return StorageError(f"{redacted(url)}: there is no bucket named {bucket}: create it, or correct the name.")
