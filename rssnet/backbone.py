@@ -6,11 +6,8 @@ each with its channels and stride known before the first image. Knows nothing of
 
 from __future__ import annotations
 
-import copy
 import difflib
 import inspect
-import logging
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .pretrained import WeightsReport, load_backbone_weights
-
-logger = logging.getLogger(__name__)
+from .resizing import load_resized
 
 FAMILIES = (
     "plain: vit, deit3, beit, beitv2, eva02, dinov2, dinov3, siglip, MAE; "
@@ -124,8 +120,8 @@ def inspect_backbone(name: str, options: Mapping[str, Any] | None = None) -> Bac
 class Backbone(nn.Module):
     """A timm backbone that returns the feature maps at given taps.
 
-    Layers, norms and heads that no tap needs are removed: they would cost memory, and distributed training complains
-    about parameters without a gradient.
+    Layers, norms and heads that no tap needs are removed, and what cannot be removed takes no gradient: they would cost
+    memory, and distributed training complains about parameters without a gradient.
 
     Args:
         layout: What `inspect_backbone` said.
@@ -139,6 +135,9 @@ class Backbone(nn.Module):
 
     Attributes:
         body: The timm model, without what nothing reads.
+        taps: As given.
+        image_size: As given.
+        divisor: What the sides of an image must be multiples of, in pixels.
         weights_report: What the pre-trained weights filled, missed and left over; None for random ones.
         pixel_mean, pixel_std: What images are normalised with, per channel, for values from 0 to 1.
 
@@ -159,37 +158,45 @@ class Backbone(nn.Module):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.name = layout.name
+        self.layout = layout
         self.taps = tuple(taps)
         self.image_size = image_size
-        self.fixed_image_size = layout.fixed_image_size
         self.divisor = max(tap.stride for tap in layout.taps)
+        self.frozen = frozen
+        self._indices = sorted({tap.index for tap in taps})
         self._check_size(image_size)
 
         arguments = dict(options or {})
-        if layout.fixed_image_size:
-            arguments["img_size"] = image_size
         if drop_path > 0:
             if not layout.takes_drop_path:
                 raise ValueError(
                     f"Backbone {layout.name!r} has no stochastic depth; set drop_path to 0, not {drop_path}."
                 )
             arguments["drop_path_rate"] = drop_path
-        self.body: Any = _create(layout.name, arguments)
-        self.pixel_mean: tuple[float, ...] = tuple(self.body.pretrained_cfg["mean"])
-        self.pixel_std: tuple[float, ...] = tuple(self.body.pretrained_cfg["std"])
-        self.weights_report: WeightsReport | None = None
-        if pretrained:
-            self.weights_report = load_backbone_weights(self.body, pretrained)
+        with torch.device("meta"):
+            unread = self._rehearse(self._build(arguments, image_size))
 
-        self._indices = sorted({tap.index for tap in taps})
-        self.body.prune_intermediate_layers(self._indices, prune_norm=True, prune_head=True)
+        self.weights_report: WeightsReport | None = None
+        self.body = self._build(arguments, image_size)
+        if pretrained:
+            # Filled at the size that the weights were trained at, so that what is missing is really missing.
+            native_size = tuple(self.body.pretrained_cfg["input_size"][-2:])
+            source = self._build(arguments, native_size, prune=False)
+            self.weights_report = load_backbone_weights(source, pretrained)
+            self._prune(source)
+            self._load_resized(source, native_size)
+        for name in unread:
+            self.body.get_parameter(name).requires_grad_(False)
         if gradient_checkpointing:
-            self.body.set_grad_checkpointing(True)
-        self.frozen = frozen
+            self._set_gradient_checkpointing()
         if frozen:
             self.requires_grad_(False)
             self.train(False)
+
+        self.pixel_mean: tuple[float, ...] = tuple(self.body.pretrained_cfg["mean"])
+        self.pixel_std: tuple[float, ...] = tuple(self.body.pretrained_cfg["std"])
+
+    body: Any
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Feature maps of normalised images.
@@ -204,7 +211,7 @@ class Backbone(nn.Module):
             ValueError: images of a size that the backbone was not built for.
         """
         self._check_size((images.shape[-2], images.shape[-1]))
-        maps = self.body.forward_intermediates(images, indices=self._indices, stop_early=True, intermediates_only=True)
+        maps = self._maps(self.body, images)
         return [maps[self._indices.index(tap.index)] for tap in self.taps]
 
     def load_resized(self, other: Backbone) -> None:
@@ -213,31 +220,80 @@ class Backbone(nn.Module):
         Args:
             other: That backbone.
         """
-        if hasattr(other.body, "set_input_size"):
-            donor = copy.deepcopy(other.body)
-            donor.set_input_size(img_size=self.image_size)
-            self.body.load_state_dict(donor.state_dict())
-            return
-        weights = {name: tensor.clone() for name, tensor in other.body.state_dict().items()}
-        resize = getattr(sys.modules[type(self.body).__module__], "checkpoint_filter_fn", None)
-        self.body.load_state_dict(weights if resize is None else resize(weights, self.body))
+        self._load_resized(other.body, other.image_size)
 
     def train(self, mode: bool = True) -> Backbone:
         """As in torch, but a frozen backbone stays in evaluation mode, its statistics and dropout fixed."""
         return super().train(mode and not self.frozen)
 
-    def _check_size(self, size: tuple[int, int]) -> None:
-        if self.fixed_image_size and size != self.image_size:
+    def _build(self, arguments: dict[str, Any], image_size: tuple[int, ...], prune: bool = True) -> Any:
+        size = {"img_size": image_size} if self.layout.fixed_image_size else {}
+        body = _create(self.layout.name, {**arguments, **size})
+        if prune:
+            self._prune(body)
+        return body
+
+    def _prune(self, body: Any) -> None:
+        body.prune_intermediate_layers(self._indices, prune_norm=True, prune_head=True)
+
+    def _maps(self, body: Any, images: Tensor) -> list[Tensor]:
+        return body.forward_intermediates(images, indices=self._indices, stop_early=True, intermediates_only=True)
+
+    def _rehearse(self, body: Any) -> list[str]:
+        """Runs a model of the meta device once, which costs no memory, and names the parameters that nothing read.
+
+        Raises:
+            ValueError: the model cannot run at its image size, or its maps are not what timm says of them.
+        """
+        name, (height, width) = self.layout.name, self.image_size
+        try:
+            maps = self._maps(body, torch.empty(1, 3, height, width, device="meta"))
+        except Exception as error:
             raise ValueError(
-                f"{self.name} was built for images of {self.image_size} (height, width), not {size}. Resize or crop "
-                "them, or make the model for another size with model.resized((height, width))."
+                f"Backbone {name!r} cannot run on images of {self.image_size} (height, width): {error} "
+                f"Backbones that take most sizes: {FAMILIES}."
+            ) from error
+        for tap in self.taps:
+            expected = (1, tap.channels, height // tap.stride, width // tap.stride)
+            found = tuple(maps[self._indices.index(tap.index)].shape)
+            if found != expected:
+                raise ValueError(
+                    f"Backbone {name!r} gives a map of {found} at {tap.index} where {expected} was due. "
+                    f"Backbones that serve: {FAMILIES}."
+                )
+        torch.stack([feature.sum() for feature in maps]).sum().backward()
+        return [name for name, parameter in body.named_parameters() if parameter.grad is None]
+
+    def _load_resized(self, source: Any, source_size: tuple[int, ...]) -> None:
+        stride = self.layout.taps[0].stride
+        load_resized(
+            self.body,
+            source,
+            target_grid=(self.image_size[0] // stride, self.image_size[1] // stride),
+            source_grid=(source_size[0] // stride, source_size[1] // stride),
+        )
+
+    def _set_gradient_checkpointing(self) -> None:
+        try:
+            self.body.set_grad_checkpointing(True)
+        except AssertionError as error:
+            raise ValueError(
+                f"Backbone {self.layout.name!r} cannot recompute its activations; set gradient_checkpointing to false."
+            ) from error
+
+    def _check_size(self, size: tuple[int, int]) -> None:
+        name = self.layout.name
+        if self.layout.fixed_image_size and size != self.image_size:
+            raise ValueError(
+                f"{name} was built for images of {self.image_size} (height, width), not {size}. Resize or crop them, "
+                "or make the model for another size with model.resized((height, width))."
             )
         if size[0] % self.divisor or size[1] % self.divisor:
-            down = [max(side // self.divisor, 1) * self.divisor for side in size]
-            up = [-(-side // self.divisor) * self.divisor for side in size]
+            down = tuple(max(side // self.divisor, 1) * self.divisor for side in size)
+            up = tuple(-(-side // self.divisor) * self.divisor for side in size)
             raise ValueError(
-                f"Images of {size} (height, width) cannot be cut into the patches of {self.name}: each side must be a "
-                f"multiple of {self.divisor}, such as {tuple(down)} or {tuple(up)}."
+                f"Images of {size} (height, width) cannot be cut into the patches of {name}: each side must be a "
+                f"multiple of {self.divisor}, such as {down} or {up}."
             )
 
 
@@ -250,8 +306,11 @@ def _create(name: str, arguments: dict[str, Any]) -> Any:
         alike = difflib.get_close_matches(name, timm.list_models(), n=5)
         hint = f" Names like it: {', '.join(alike)}." if alike else ""
         raise ValueError(f"timm has no model {name!r}.{hint} Families that serve: {FAMILIES}.") from error
-    except TypeError as error:
-        raise ValueError(f"Backbone {name!r} refuses its backbone_options {arguments}: {error}.") from error
+    except (TypeError, AssertionError) as error:
+        # mvitv2, for one, asserts without a word that images are square.
+        raise ValueError(
+            f"Backbone {name!r} cannot be built with {arguments}: {error or type(error).__name__}."
+        ) from error
 
 
 def _feature_info(body: Any) -> list[dict[str, Any]]:

@@ -137,7 +137,7 @@ class DiscriminativeCrossAttention(nn.Module):
             One state per layer, its regions normalised.
         """
         tokens = self.norm_tokens(fused.flatten(2).transpose(1, 2))  # (B, N, d)
-        regions = self.queries.to(tokens.dtype).expand(len(tokens), -1, -1)
+        regions = self.queries.to(tokens.dtype).repeat(len(tokens), 1, 1)
         states = []
         for layer in self.layers:
             state = layer(regions, tokens)

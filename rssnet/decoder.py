@@ -73,7 +73,7 @@ class DeepMap(nn.Module):
         """Maps (B, channels, h_i, w_i), one per tap, to (B, d, h_0, w_0)."""
         deep, *deeper = (project(features) for project, features in zip(self.projections, maps, strict=True))
         for features in deeper:
-            deep = deep + F.interpolate(features, size=deep.shape[-2:], mode="bilinear")
+            deep = deep + _at_size(features, (deep.shape[-2], deep.shape[-1]))
         return deep
 
 
@@ -96,10 +96,10 @@ class PixelEmbedding(nn.Module):
 
     def forward(self, fused: Tensor, stem: Tensor | None, size: tuple[int, int]) -> Tensor:
         """(B, d, h, w) and (B, stem_channels, ...) to (B, d, *size)."""
-        pixels = F.interpolate(fused, size=size, mode="bilinear")
+        pixels = _at_size(fused, size)
         if self.from_stem is not None:
             assert stem is not None
-            pixels = pixels + F.interpolate(self.from_stem(stem), size=size, mode="bilinear")
+            pixels = pixels + _at_size(self.from_stem(stem), size)
         return self.project(F.gelu(self.norm(self.mix(pixels))))
 
 
@@ -219,6 +219,12 @@ class RSSNetDecoder(nn.Module):
             separation=separation,
         )
         return RSSNetOutput(logits, auxiliary)
+
+
+def _at_size(features: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear interpolation, where there is something to interpolate."""
+    same = features.shape[-2:] == size
+    return features if same else F.interpolate(features, size=size, mode="bilinear")
 
 
 def default_width(layout: BackboneLayout) -> int:

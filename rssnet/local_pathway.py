@@ -95,7 +95,6 @@ class LocalPathway(nn.Module):
         self.stem_channels = width // 2
         self.stem = nn.Sequential(
             nn.Conv2d(3, width // 4, kernel_size=3, stride=2, padding=1),
-            LayerNorm2d(width // 4),
             nn.GELU(),
             nn.Conv2d(width // 4, self.stem_channels, kernel_size=3, stride=2, padding=1),
             LayerNorm2d(self.stem_channels),
@@ -121,7 +120,7 @@ class LocalPathway(nn.Module):
             shallow: (B, shallow_channels, h, w) from the backbone.
         """
         size = (images.shape[-2] // self.stride, images.shape[-1] // self.stride)
-        stem = self.stem(images)
+        stem = self.stem(images.contiguous(memory_format=torch.channels_last))  # so that norms need no copies
         at_stride = F.interpolate(stem, size=size, mode="bilinear") if self.stem_resizes else stem
         tapped = F.interpolate(self.from_shallow(shallow), size=size, mode="bilinear")
         return LocalFeatures(stem=stem, map=self.blocks(self.norm(self.from_stem(at_stride) + tapped)))

@@ -91,8 +91,9 @@ class RSSNetLoss(nn.Module):
                 ).mean()
                 scales["region_separation"] = config.region_separation
             if auxiliary.separation is not None and config.separation_supervision > 0:
+                ratio = auxiliary.separation.gate.shape[1] // auxiliary.deep_logits.shape[-2]
                 parts["separation_supervision"] = separation_supervision_loss(
-                    auxiliary.separation, labels, self.num_classes
+                    auxiliary.separation, labels, self.num_classes, ratio
                 )
                 scales["separation_supervision"] = config.separation_supervision
 
@@ -293,7 +294,7 @@ def region_separation_loss(regions: Tensor, prototypes: Tensor, present: Tensor,
     return own.masked_fill(~present, 0).sum() / present.sum().clamp(min=1)
 
 
-def separation_supervision_loss(weights: SeparationWeights, labels: Tensor, num_classes: int) -> Tensor:
+def separation_supervision_loss(weights: SeparationWeights, labels: Tensor, num_classes: int, ratio: int) -> Tensor:
     """Tells SASM what attracts and what repels: attraction should fall on tokens of a location's class, repulsion not.
 
     Negative log of the attraction on the same class and of the repulsion on other classes, averaged over the fine
@@ -303,23 +304,26 @@ def separation_supervision_loss(weights: SeparationWeights, labels: Tensor, num_
         weights: From the separation module.
         labels: (B, H, W).
         num_classes: K.
+        ratio: Fine locations per token and axis, r.
     """
-    window, phases, height, width = weights.attraction.shape[2:]
-    ratio, kernel_size = round(phases**0.5), round(window**0.5)
-    fine_size = (height * ratio, width * ratio)
-    fine = F.interpolate(labels[:, None].float(), size=fine_size, mode="nearest-exact")
-    fine = F.pixel_unshuffle(fine, ratio).long()  # (B, r*r, h, w)
-    valid = (fine >= 0) & (fine < num_classes)
+    batch, height, width, groups, window = weights.attraction.shape
+    grid = (height // ratio, width // ratio)
+    own = F.interpolate(labels[:, None].float(), size=(height, width), mode="nearest-exact").long()
+    own = F.pixel_unshuffle(own, ratio).permute(0, 2, 3, 1)  # (B, h, w, r*r): the classes inside a token
+    valid = (own >= 0) & (own < num_classes)
 
-    shares = class_shares(labels, num_classes, (height, width))
-    own = fine.masked_fill(~valid, 0)
-    same = torch.stack([shift.gather(1, own) for shift in window_shifts(shares, kernel_size)], dim=1)
-    labelled = torch.stack(window_shifts(shares.sum(dim=1, keepdim=True), kernel_size), dim=1)
-    other = labelled - same  # (B, k*k, r*r, h, w)
+    # The share of each token around a fine location that is of the location's class, and that is of others.
+    shares = class_shares(labels, num_classes, grid)
+    shifts = window_shifts(shares, round(window**0.5))  # (B, h, w, K) each
+    same = torch.stack([shift.gather(-1, own.masked_fill(~valid, 0)) for shift in shifts], dim=-1)
+    other = torch.stack([shift.sum(dim=-1, keepdim=True) for shift in shifts], dim=-1) - same  # (B, h, w, r*r, k*k)
+    mixed = (valid & (same.amax(dim=-1) > 0.5) & (other.amax(dim=-1) > 0.5)).float()
 
-    mixed = (valid & (same.amax(dim=1) > 0.5) & (other.amax(dim=1) > 0.5)).float()
-    attracted = (weights.attraction.float() * same[:, None]).sum(dim=2)
-    repelled = (weights.repulsion.float() * other[:, None]).sum(dim=2)
-    tiny = torch.finfo(attracted.dtype).eps
-    losses = -(attracted.clamp(min=tiny).log() + repelled.clamp(min=tiny).log()).mean(dim=1)  # (B, r*r, h, w)
+    def mass(on: Tensor, of: Tensor) -> Tensor:
+        inside = of.float().reshape(batch, grid[0], ratio, grid[1], ratio, groups, window).transpose(2, 3)
+        return (inside.reshape(batch, *grid, ratio**2, groups, window) * on[..., None, :]).sum(dim=-1)
+
+    attracted, repelled = mass(same, weights.attraction), mass(other, weights.repulsion)  # (B, h, w, r*r, g)
+    smallest = torch.finfo(attracted.dtype).eps
+    losses = -(attracted.clamp(min=smallest).log() + repelled.clamp(min=smallest).log()).mean(dim=-1)
     return (losses * mixed).sum() / mixed.sum().clamp(min=1)

@@ -22,12 +22,12 @@ BILINEAR_FLOOR = 1e-3
 
 
 class SeparationWeights(NamedTuple):
-    """How fine locations were composed of tokens, in phase layout: r*r fine locations for each of (h, w) tokens.
+    """How fine locations were composed of the tokens around them.
 
     Attributes:
-        attraction: (B, g, k*k, r*r, h, w), w: the tokens a location belongs with; sums to one over k*k.
-        repulsion: (B, g, k*k, r*r, h, w), v: the tokens it has been smeared with; sums to one over k*k.
-        gate: (B, g, 1, r*r, h, w), a: strength of the repulsion, from 0 to a_max.
+        attraction: (B, h * r, w * r, g, k*k), w: the tokens a location belongs with; sums to one over k*k.
+        repulsion: (B, h * r, w * r, g, k*k), v: the tokens it has been smeared with; sums to one over k*k.
+        gate: (B, h * r, w * r, g, 1), a: strength of the repulsion, from 0 to a_max.
     """
 
     attraction: Tensor
@@ -36,7 +36,7 @@ class SeparationWeights(NamedTuple):
 
     @property
     def composition(self) -> Tensor:
-        """(B, g, k*k, r*r, h, w), u = w + a (w - v); sums to one over k*k."""
+        """(B, h * r, w * r, g, k*k), u = w + a (w - v); sums to one over k*k."""
         return self.attraction + self.gate * (self.attraction - self.repulsion)
 
 
@@ -48,30 +48,30 @@ def bilinear_weights(ratio: int, kernel_size: int) -> Tensor:
         kernel_size: Odd side of the window, 3 or more, k.
 
     Returns:
-        (k*k, r*r); columns sum to one.
+        (r, r, k*k), for each place inside a token; sums to one over k*k.
     """
     # Centre of each fine location, in tokens from the centre of its own token.
     offsets = (torch.arange(ratio, dtype=torch.float64) + 0.5) / ratio - 0.5
     positions = torch.arange(kernel_size, dtype=torch.float64) - kernel_size // 2
-    per_axis = (1 - (positions[:, None] - offsets[None, :]).abs()).clamp(min=0)  # (k, r)
-    return torch.einsum("ip,jq->ijpq", per_axis, per_axis).reshape(kernel_size**2, ratio**2).float()
+    per_axis = (1 - (offsets[:, None] - positions[None, :]).abs()).clamp(min=0)  # (r, k)
+    return torch.einsum("pi,qj->pqij", per_axis, per_axis).reshape(ratio, ratio, kernel_size**2).float()
 
 
 def window_shifts(tokens: Tensor, kernel_size: int) -> list[Tensor]:
     """The map shifted to each of the k*k places of a window, row by row, as views of one padded copy.
 
     Args:
-        tokens: (..., h, w) with at least three dimensions.
+        tokens: (B, C, h, w).
         kernel_size: Odd side of the window, k.
 
     Returns:
-        k*k views (..., h, w); borders are replicated.
+        k*k views (B, h, w, C); borders are replicated.
     """
     height, width = tokens.shape[-2:]
     margin = kernel_size // 2
-    padded = F.pad(tokens, (margin, margin, margin, margin), mode="replicate")
+    padded = F.pad(tokens, (margin, margin, margin, margin), mode="replicate").permute(0, 2, 3, 1)
     return [
-        padded[..., row : row + height, column : column + width]
+        padded[:, row : row + height, column : column + width]
         for row in range(kernel_size)
         for column in range(kernel_size)
     ]
@@ -80,23 +80,26 @@ def window_shifts(tokens: Tensor, kernel_size: int) -> list[Tensor]:
 def compose(tokens: Tensor, composition: Tensor, kernel_size: int) -> Tensor:
     """Weighted sums of the tokens around each fine location.
 
-    One pass of k*k products: never k*k copies of the map.
+    One pass of k*k products, each of which spreads a token over the r*r fine locations inside it: never k*k copies of
+    the map.
 
     Args:
         tokens: (B, d, h, w).
-        composition: (B, g, k*k, r*r, h, w).
+        composition: (B, h * r, w * r, g, k*k).
         kernel_size: Odd side of the window, k.
 
     Returns:
-        (B, d, h * r, w * r).
+        (B, d, h * r, w * r), channels last in memory.
     """
     batch, channels, height, width = tokens.shape
-    groups, phases = composition.shape[1], composition.shape[3]
-    composed = tokens.new_zeros(batch, groups, channels // groups, phases, height, width)
-    for shifted, weight in zip(window_shifts(tokens, kernel_size), composition.unbind(dim=2), strict=True):
-        shifted = shifted.reshape(batch, groups, channels // groups, 1, height, width)
-        composed = torch.addcmul(composed, shifted, weight.unsqueeze(2).to(tokens.dtype))
-    return F.pixel_shuffle(composed.reshape(batch, channels * phases, height, width), math.isqrt(phases))
+    groups = composition.shape[3]
+    ratio = composition.shape[1] // height
+    per_token = (batch, height, 1, width, 1, groups, channels // groups)
+    weights = composition.to(tokens.dtype).reshape(batch, height, ratio, width, ratio, groups, kernel_size**2)
+    composed = tokens.new_zeros(batch, height, ratio, width, ratio, groups, channels // groups)
+    for place, shifted in enumerate(window_shifts(tokens, kernel_size)):
+        composed = torch.addcmul(composed, shifted.reshape(per_token), weights[..., place, None])
+    return composed.reshape(batch, height * ratio, width * ratio, channels).permute(0, 3, 1, 2)
 
 
 class BilinearUpsampling(nn.Module):
@@ -156,23 +159,21 @@ class SpatiallyAdaptiveSeparation(nn.Module):
         self.form = form
 
         hidden = max(32, width // 4)
+        window = kernel_size**2
         self.from_deep = nn.Sequential(LayerNorm2d(width), nn.Conv2d(width, hidden, kernel_size=1))
         self.from_local = None if local_width is None else nn.Conv2d(local_width, hidden, kernel_size=1)
         self.mix = nn.Conv2d(hidden, hidden, kernel_size=3, padding=1, groups=hidden)
-        window = kernel_size**2
-        self.counts = {"conv": [window, window, 1], "affinity": [1], "plain": [1]}[form]
-        self.predict = nn.Conv2d(hidden, groups * sum(self.counts), kernel_size=1)
-        nn.init.zeros_(self.predict.weight)
-        nn.init.zeros_(self.predict.bias)  # pyright: ignore[reportArgumentType]
-        self.gate_bias = nn.Parameter(torch.full((groups, 1, 1, 1, 1), gate_bias))
-        if form == "affinity":
-            self.query = nn.Conv2d(hidden, groups * hidden, kernel_size=1)
+        # Zero at the start, so that what is added to bilinear weights and to the gate's bias is learned from nothing.
+        self.predict_gate = _zero_convolution(hidden, groups)
+        if form == "conv":
+            self.predict_attraction = _zero_convolution(hidden, groups * window)
+            self.predict_repulsion = _zero_convolution(hidden, groups * window)
+        elif form == "affinity":
+            self.query = _zero_convolution(hidden, groups * hidden)
             self.key = nn.Conv2d(width, groups * hidden, kernel_size=1)
-            # Silent at the start, for the same reason that `predict` is.
-            nn.init.zeros_(self.query.weight)
-            nn.init.zeros_(self.query.bias)  # pyright: ignore[reportArgumentType]
-        bilinear = bilinear_weights(ratio, kernel_size).clamp(min=BILINEAR_FLOOR).log()
-        self.register_buffer("log_bilinear", bilinear[..., None, None], persistent=False)  # (k*k, r*r, 1, 1)
+        self.gate_bias = nn.Parameter(torch.full((groups, 1), gate_bias))
+        log_bilinear = bilinear_weights(ratio, kernel_size).clamp(min=BILINEAR_FLOOR).log()
+        self.register_buffer("log_bilinear", log_bilinear, persistent=False)
 
     log_bilinear: Tensor
 
@@ -198,33 +199,45 @@ class SpatiallyAdaptiveSeparation(nn.Module):
             hidden = hidden + self.from_local(local)
         hidden = F.gelu(self.mix(F.gelu(hidden)))
 
-        predicted = self._to_phases(self.predict(hidden)).split(self.counts, dim=2)
-        gate = self.max_gate * torch.sigmoid(predicted[-1] + self.gate_bias)
+        # What is added to the bilinear attraction, and what repels: (B, h * r, w * r, g, k*k).
+        gate = self.max_gate * torch.sigmoid(self._grouped(self.predict_gate(hidden)) + self.gate_bias)
         if self.form == "conv":
-            attraction, repulsion = predicted[0], predicted[1]
+            attraction = self._grouped(self.predict_attraction(hidden))
+            repulsion = self._grouped(self.predict_repulsion(hidden))
         elif self.form == "affinity":
-            attraction = self._affinity(self._to_phases(self.query(hidden)), self.key(deep))
+            attraction = self._affinity(self._grouped(self.query(hidden)), self.key(deep))
             repulsion = -attraction
         else:
-            attraction = predicted[0].new_zeros(())
-            repulsion = gate.new_zeros(()).expand(*gate.shape[:2], self.kernel_size**2, *gate.shape[3:])
+            attraction = repulsion = torch.zeros_like(gate).expand(*gate.shape[:-1], self.kernel_size**2)
+
+        batch, height, width = attraction.shape[:3]
+        inside = (batch, height // self.ratio, self.ratio, width // self.ratio, self.ratio)
+        bilinear = self.log_bilinear[:, None, :, None]  # (r, 1, r, 1, k*k), over (h, r, w, r, g, k*k)
+        attraction = attraction.reshape(*inside, *attraction.shape[3:]) + bilinear
         return SeparationWeights(
-            attraction=torch.softmax((attraction + self.log_bilinear).expand_as(repulsion), dim=2),
-            repulsion=torch.softmax(repulsion, dim=2),
+            attraction=attraction.softmax(dim=-1).reshape(repulsion.shape),
+            repulsion=repulsion.softmax(dim=-1),
             gate=gate,
         )
 
-    def _to_phases(self, fine: Tensor) -> Tensor:
-        """(B, g * n, h * r, w * r) to (B, g, n, r*r, h, w)."""
-        batch, channels = fine.shape[:2]
-        phases = F.pixel_unshuffle(fine, self.ratio)
-        return phases.reshape(batch, self.groups, channels // self.groups, self.ratio**2, *phases.shape[-2:])
+    def _grouped(self, features: Tensor) -> Tensor:
+        """(B, g * n, height, width) to (B, height, width, g, n)."""
+        return features.permute(0, 2, 3, 1).unflatten(-1, (self.groups, -1))
 
     def _affinity(self, query: Tensor, key: Tensor) -> Tensor:
-        """Scaled products of queries (B, g, e, r*r, h, w) and keys around (B, g * e, h, w): (B, g, k*k, r*r, h, w)."""
-        batch, groups, channels = query.shape[:3]
+        """Scaled products of queries (B, h * r, w * r, g, e) and the keys (B, g * e, h, w) around, for g, k*k."""
+        batch, height, width, groups, channels = query.shape
+        ratio = self.ratio
+        inside = query.reshape(batch, height // ratio, ratio, width // ratio, ratio, groups, channels)
         products = [
-            (query * shifted.reshape(batch, groups, channels, 1, *key.shape[-2:])).sum(dim=2)
+            (inside * shifted.unflatten(-1, (groups, channels))[:, :, None, :, None]).sum(dim=-1)
             for shifted in window_shifts(key, self.kernel_size)
         ]
-        return torch.stack(products, dim=2) / math.sqrt(channels)
+        return torch.stack(products, dim=-1).reshape(batch, height, width, groups, -1) / math.sqrt(channels)
+
+
+def _zero_convolution(inputs: int, outputs: int) -> nn.Conv2d:
+    convolution = nn.Conv2d(inputs, outputs, kernel_size=1)
+    for parameter in convolution.parameters():
+        nn.init.zeros_(parameter)
+    return convolution
