@@ -23,6 +23,7 @@ def connected() -> Iterator[None]:
     Raises:
         PipelineError: if RAY_ADDRESS is set but no cluster answers there.
     """
+    _quiet_data()
     if ray.is_initialized():
         yield
         return
@@ -39,15 +40,23 @@ def connected() -> Iterator[None]:
         # The dashboard is what removes the placement groups of killed trials (ray 2.60), so a sweep needs it.
         ray.init(
             address="local",
+            num_cpus=max(2, os.cpu_count() or 2),  # one core must still decode beside a worker
             include_dashboard=True,
             dashboard_host="127.0.0.1",
             object_store_memory=LOCAL_OBJECT_STORE_BYTES,
             **quiet,
         )
-    for name in ("ray.data", "ray.train", "ray.tune"):
+    for name in ("ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)  # the stages announce what they do themselves
-    ray.data.DataContext.get_current().enable_progress_bars = False
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _quiet_data() -> None:
+    """Let Ray Data raise what a stage's own function raised, unwrapped, and leave saying so to the stage."""
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.raise_original_map_exception = True  # its wrapper drops the cause, and with it the sentence for the reader

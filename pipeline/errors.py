@@ -30,7 +30,8 @@ def mendable_cause(error: BaseException) -> PipelineError | None:
     waiting = [error]
     while waiting:
         current = waiting.pop(0)
-        if isinstance(current, PipelineError):
+        # What Ray raises in place of an error inherits from its class, but its text is a traceback; it keeps the cause.
+        if isinstance(current, PipelineError) and not isinstance(getattr(current, "cause", None), BaseException):
             return current
         if id(current) not in seen:
             seen.add(id(current))

@@ -4,7 +4,7 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 500_000_000  # a 22,000 x 22,000 image; above it a file is taken for a decompression bomb
 
@@ -79,7 +79,7 @@ def _opened(data: bytes) -> Image.Image:
     except BadImage:
         raise
     except Exception as error:  # Pillow's decoders raise many classes on damaged data
-        kind = "not an image" if type(error).__name__ == "UnidentifiedImageError" else "damaged or truncated"
-        reason = "not_an_image" if kind == "not an image" else "damaged"
-        raise BadImage(reason, f"{kind} ({type(error).__name__}: {str(error)[:120]})") from error
+        if isinstance(error, UnidentifiedImageError):
+            raise BadImage("not_an_image", "the bytes are of no image format that Pillow knows") from error
+        raise BadImage("damaged", f"damaged or truncated ({type(error).__name__}: {str(error)[:120]})") from error
     return image

@@ -1,0 +1,144 @@
+"""A saved model as a predictor on a Ray worker: loading, its identity, and the pool of workers that hold one each."""
+
+import functools
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+import ray.data
+import torch
+
+from pipeline import storage
+from pipeline.errors import PipelineError
+from pipeline.progress import announce
+from pipeline.run_record import identity
+from rssnet import RSSNet
+from rssnet.classes import Classes
+from rssnet.inference import Predictor
+
+TASK_CPUS = 0.25  # of a task that reads and decodes, or encodes: mostly waiting for storage
+_CONFIG, _CLASSES, _WEIGHTS = "config.json", "classes.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """How a model is applied to whole images. See `rssnet.inference.Predictor`.
+
+    Args:
+        crop_size: height and width of the sliding window, in pixels; the model's image size if not given.
+        stride: from one window to the next, in pixels; two thirds of the crop if not given.
+        window_batch: windows in one forward pass. Changes speed and memory, not the masks.
+        scales: the probabilities at these scales of the image are averaged.
+        flip: average with the mirrored image too.
+    """
+
+    crop_size: tuple[int, int] | None = None
+    stride: tuple[int, int] | None = None
+    window_batch: int = field(default=8, metadata={"identity": False})
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+
+
+def model_id(model_url: str, inference: InferenceConfig) -> str:
+    """Short digest of what the masks depend on: weights, model configuration, classes and inference settings.
+
+    The same model copied to another place keeps its id.
+
+    Raises:
+        PipelineError: if there is no model at `model_url`.
+    """
+    digest = hashlib.sha256()
+    for name in (_CONFIG, _CLASSES, _WEIGHTS):
+        digest.update(hashlib.sha256(_model_file(model_url, name)).digest())
+    digest.update(json.dumps(identity(inference), sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def model_classes(model_url: str) -> Classes:
+    """Names and colours of a saved model's classes, without loading its weights.
+
+    Raises:
+        PipelineError: if there is no model at `model_url`, or its classes cannot be understood.
+    """
+    try:
+        return Classes.from_json(_model_file(model_url, _CLASSES).decode())
+    except ValueError as error:
+        raise PipelineError(f"The model at {model_url} has a broken {_CLASSES}: {error}") from error
+
+
+def load_predictor(model_url: str, inference: InferenceConfig) -> Predictor:
+    """The model as a predictor: on the GPU that Ray has given to this worker, else on as many threads as it gave CPUs.
+
+    Raises:
+        PipelineError: if there is no model at `model_url`, it is broken, or it refuses the inference settings.
+    """
+    resources = ray.get_runtime_context().get_assigned_resources() if ray.is_initialized() else {}
+    if "CPU" in resources:
+        torch.set_num_threads(max(1, int(resources["CPU"])))
+    try:
+        model = RSSNet.from_pretrained(model_url)
+        return Predictor(
+            model.eval().to("cuda" if resources.get("GPU") else "cpu"),
+            crop_size=inference.crop_size,
+            stride=inference.stride,
+            window_batch=inference.window_batch,
+            scales=inference.scales,
+            flip=inference.flip,
+        )
+    except (ValueError, OSError) as error:
+        raise PipelineError(f"The model at {model_url} cannot be used: {error}") from error
+
+
+class PredictorActor:
+    """Base of what a pool of actors runs: a predictor that is loaded with the first batch.
+
+    Not when the actor starts: Ray passes on the cause of a failing call, but of a failing constructor only its text,
+    and a broken model would end in a traceback instead of its one sentence.
+    """
+
+    def __init__(self, model_url: str, inference: InferenceConfig) -> None:
+        self.model_url, self.inference = model_url, inference
+
+    @functools.cached_property
+    def predictor(self) -> Predictor:
+        """The model, on this worker's device."""
+        return load_predictor(self.model_url, self.inference)
+
+
+def predictor_pool(workers: int, cpus_per_worker: float, use_gpu: bool) -> dict[str, Any]:
+    """The arguments of `Dataset.map_batches` for a fixed number of actors that hold a predictor each.
+
+    Raises:
+        PipelineError: if this machine can never hold them beside the task that feeds them. A cluster that was joined by
+            its address may still grow, so there the wait is announced instead.
+    """
+    if workers < 1 or cpus_per_worker <= 0:
+        raise PipelineError(
+            f"workers is {workers} and cpus_per_worker is {cpus_per_worker}: give at least 1 and more than 0."
+        )
+    there = ray.cluster_resources()
+    needed = {"CPU": workers * cpus_per_worker + TASK_CPUS, "GPU": float(workers if use_gpu else 0)}
+    short = [f"{needed[name]:g} {name}" for name in needed if needed[name] > there.get(name, 0)]
+    if short:
+        found = ", ".join(f"{there.get(name, 0):g} {name}" for name in needed)
+        text = f"{workers} workers and what feeds them need {' and '.join(short)}, but the cluster has {found}"
+        if not os.environ.get("RAY_ADDRESS"):
+            raise PipelineError(f"{text}: lower --workers or --cpus_per_worker, or join a larger cluster.")
+        announce(f"  {text}: waiting for it to grow")
+    return {
+        "compute": ray.data.ActorPoolStrategy(size=workers),
+        "num_cpus": cpus_per_worker,
+        "num_gpus": 1 if use_gpu else 0,
+    }
+
+
+def _model_file(model_url: str, name: str) -> bytes:
+    try:
+        return storage.read_bytes(storage.join(model_url, name))
+    except FileNotFoundError as error:
+        raise PipelineError(
+            f"There is no model at {model_url} (no {name}): correct the URL, or run workflows/train.py."
+        ) from error

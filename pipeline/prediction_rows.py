@@ -1,0 +1,164 @@
+"""From a listed image to its prediction row: read and decode, (segment,) encode, write.
+
+Each stage takes a batch of rows and gives as many: what cannot be segmented stays a row, with its status and what was
+found. The stage in the middle is the model's, in `pipeline.segmentation`; nothing here imports torch, which the many
+processes that these stages run in would take seconds to load.
+"""
+
+import collections
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from ray.data.block import Block
+
+from pipeline import masks, storage
+from pipeline.errors import PipelineError
+from pipeline.images import BadImage, decode_photograph
+from pipeline.parquet_sink import ParquetSink, Written
+from pipeline.progress import Reporter
+from pipeline.storage import StorageError
+
+TURN_FILE = "turn.json"
+ROWS_PER_FILE = 64
+SHOWN_FAILURES = 20
+READ_WAITS = (0.5, 2.0)  # seconds between attempts to read an image that storage does not give
+
+STORAGE_ERROR = "storage_error"  # storage did not give the image
+CHANGED = "changed"  # the version that was listed was overwritten or deleted before it was read
+TRIED_AGAIN = (STORAGE_ERROR, CHANGED)  # the statuses whose rows the next run replaces by another attempt
+
+LISTED = pa.schema([("image_uri", pa.string()), ("version", pa.string())])
+PIXELS = pa.schema(
+    [
+        *LISTED,
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("pixels", pa.large_binary()),  # (H, W, 3) uint8: plain bytes, so that images of all sizes share a table
+        ("status", pa.string()),
+        ("error", pa.string()),
+    ]
+)
+CLASS_MAPS = pa.schema(
+    [item for item in PIXELS if item.name != "pixels"]
+    + [pa.field("class_map", pa.large_binary()), pa.field("confidence", pa.float32())]
+)
+
+
+def read_images(batch: pa.Table) -> Iterator[pa.Table]:
+    """Rows of `LISTED` to rows of `PIXELS`, one at a time: an image that cannot be used stays, with its reason."""
+    for listed in batch.to_pylist():
+        row = {**listed, "status": masks.OK}
+        try:
+            image = decode_photograph(_fetched(listed["image_uri"], listed["version"]))
+            row |= {"height": image.shape[0], "width": image.shape[1], "pixels": image.tobytes()}
+        except _Changed as error:
+            row |= {"status": CHANGED, "error": str(error)}
+        except StorageError as error:
+            row |= {"status": STORAGE_ERROR, "error": str(error)}
+        except BadImage as error:
+            row |= {"status": error.reason, "error": error.detail}
+        yield pa.Table.from_pylist([row], schema=PIXELS)
+
+
+class _Changed(Exception):
+    """The version that was listed is no longer there."""
+
+
+def _fetched(url: str, version: str) -> bytes:
+    """The bytes of this very version of an object.
+
+    It had the version when it was listed; that it still has it after reading shows that what was read is of it.
+    """
+    for wait in (*READ_WAITS, None):
+        try:
+            data = storage.read_bytes(url)
+            if storage.stat(url).version == version:
+                return data
+            raise _Changed(f"{url} was overwritten after it was listed")
+        except FileNotFoundError:
+            raise _Changed(f"{url} was listed, but is not there") from None
+        except StorageError:
+            if wait is None:
+                raise
+            time.sleep(wait)
+    raise AssertionError("the last attempt returns or raises")
+
+
+@dataclass(frozen=True)
+class MaskEncoder:
+    """Rows of `CLASS_MAPS` to prediction rows."""
+
+    model: str
+    palette: tuple[masks.RGB, ...]
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return pa.Table.from_pylist([self._row(row) for row in batch.to_pylist()], schema=masks.PREDICTION_SCHEMA)
+
+    def _row(self, row: dict[str, Any]) -> dict[str, Any]:
+        encoded = row.pop("class_map")
+        row["model_id"] = self.model
+        if encoded is not None:
+            class_map = np.frombuffer(encoded, masks.dtype(len(self.palette))).reshape(row["height"], row["width"])
+            pixels = np.bincount(class_map.ravel())
+            row["mask"] = masks.encode_mask(class_map, self.palette)
+            row["class_ids"] = np.flatnonzero(pixels).tolist()
+            row["class_pixels"] = pixels[pixels > 0].tolist()
+        return row
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What became of some images.
+
+    Args:
+        statuses: how many have each status.
+        failures: `image_uri`, `status` and `error` of the first that are not `ok`.
+    """
+
+    statuses: collections.Counter[str]
+    failures: list[dict[str, str]]
+
+    @classmethod
+    def of(cls, table: pa.Table) -> "Summary":
+        """Of some prediction rows."""
+        failures = table.select(["image_uri", "status", "error"]).filter(pc.field("status") != masks.OK)
+        return cls(collections.Counter(table["status"].to_pylist()), failures.slice(0, SHOWN_FAILURES).to_pylist())
+
+    @classmethod
+    def total(cls, summaries: Iterable["Summary"]) -> "Summary":
+        """Of all rows that `summaries` are of."""
+        statuses: collections.Counter[str] = collections.Counter()
+        failures: list[dict[str, str]] = []
+        for summary in summaries:
+            statuses.update(summary.statuses)
+            failures.extend(summary.failures)
+        return cls(statuses, sorted(failures, key=lambda row: row["image_uri"])[:SHOWN_FAILURES])
+
+
+class MaskSink(ParquetSink):
+    """Writes prediction rows below `url`, as long as the run has the turn there."""
+
+    def __init__(self, url: str, run_id: str, reporter: Reporter) -> None:
+        super().__init__(url, _route, masks.KEY, Summary.of, reporter, ROWS_PER_FILE)
+        self.run_id = run_id
+
+    def write(self, blocks: Iterable[Block], ctx: Any) -> Written:
+        holder = storage.read_json(storage.join(self.url, TURN_FILE))["run_id"]
+        if holder != self.run_id:
+            raise PipelineError(
+                f"Another run, {holder}, has begun to write to {self.url}, so this one stops: let the other one finish."
+            )
+        return super().write(blocks, ctx)
+
+
+def _route(table: pa.Table) -> Iterator[tuple[str, pa.Table]]:
+    """Rows that stand, and apart from them, in a file of their own, rows that the next run replaces."""
+    replaced = pc.field("status").isin(TRIED_AGAIN)
+    for part in (table.filter(~replaced), table.filter(replaced)):
+        if part.num_rows:
+            yield masks.FOLDER, part.select(masks.PREDICTION_SCHEMA.names).cast(masks.PREDICTION_SCHEMA)

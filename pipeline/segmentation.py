@@ -1,0 +1,296 @@
+"""Batch segmentation: every new or changed image below a URL becomes a row of masks, exactly once.
+
+What makes a row stand once, whatever is killed:
+
+- Only listed (image, version) pairs without a row of this model are segmented, so a run goes on where one was killed.
+- A file of rows appears whole or not at all, and is named after its rows: a task that Ray repeats replaces its file.
+- A run takes the turn at its output before it looks which rows are there, and tasks write only while their run has the
+  turn: what is left of a killed run, or of one that another has overtaken, writes nothing any more.
+
+An image that cannot be used is a row that says why, and stays. One that storage did not give, or that was overwritten
+or deleted between listing and reading, is a row too, but the next run takes it away and tries again.
+"""
+
+import dataclasses
+import fnmatch
+import hashlib
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray.data
+import torch
+
+from pipeline import masks, storage
+from pipeline.cluster import connected
+from pipeline.errors import PipelineError
+from pipeline.parquet_sink import file_name, write_table
+from pipeline.prediction import (
+    TASK_CPUS,
+    InferenceConfig,
+    PredictorActor,
+    model_classes,
+    model_id,
+    predictor_pool,
+)
+from pipeline.prediction_rows import (
+    CLASS_MAPS,
+    LISTED,
+    STORAGE_ERROR,
+    TRIED_AGAIN,
+    TURN_FILE,
+    MaskEncoder,
+    MaskSink,
+    Summary,
+    read_images,
+)
+from pipeline.progress import Progress, announce
+from pipeline.run_record import RunRecord, finished_record, read_record, record_run
+from pipeline.storage import StoredObject
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
+WORKFLOW = "segment"
+
+
+@dataclass(frozen=True)
+class SegmentConfig:
+    """Segment every image below a URL that this model has not segmented yet.
+
+    Args:
+        model: URL of a saved model.
+        images: URL of the images; everything below it is looked at.
+        out: URL that masks are added to; the same one may be used again for more images or another model.
+        include: patterns such as `*/front/*`, matched against the place below `images`; one of them must fit.
+        exclude: patterns of which none may fit.
+        inference: how the model is applied.
+        workers: processes that hold a model each.
+        use_gpu: give each of them a GPU.
+        cpus_per_worker: CPUs, and threads, for each of them.
+        batch_size: images that a worker gets at a time.
+        new: start afresh: delete every mask at the output, of any model, and segment all images.
+    """
+
+    model: str
+    images: str
+    out: str
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    workers: int = field(default=1, metadata={"identity": False})
+    use_gpu: bool = field(default=False, metadata={"identity": False})
+    cpus_per_worker: float = field(default=1, metadata={"identity": False})
+    batch_size: int = field(default=4, metadata={"identity": False})
+    new: bool = field(default=False, metadata={"identity": False})
+
+    def wants(self, url: str) -> bool:
+        """Whether an object below `images` is asked for: an image by its suffix, and by the patterns."""
+        place = url[len(self.images) :].lstrip("/") or url.rpartition("/")[2]
+        return (
+            url.lower().endswith(SUFFIXES)
+            and any(fnmatch.fnmatchcase(place, pattern) for pattern in self.include)
+            and not any(fnmatch.fnmatchcase(place, pattern) for pattern in self.exclude)
+        )
+
+
+def segment(config: SegmentConfig) -> RunRecord:
+    """Segment what is new or changed since the last run, and add it to the masks at `config.out`.
+
+    A changed input is no other work here, unlike in the other stages: rows are only added. Rows of images that are
+    gone, of older versions and of other models stay.
+
+    Raises:
+        PipelineError: if the model, the images or the output cannot serve, if not a single pending image could be
+            fetched, or if another run has begun at the same output.
+    """
+    config = dataclasses.replace(
+        config,
+        model=storage.absolute(config.model),
+        images=storage.absolute(config.images),
+        out=storage.absolute(config.out),
+    )
+    listing = _Listing.of(config)
+    model = model_id(config.model, config.inference)
+    inputs = {"model": model, "images": listing.digest()}
+    _refuse_other_output(config.out)
+    if not config.new:
+        finished = finished_record(config.out, WORKFLOW, config, inputs)
+        if finished and not _pending(listing, _Rows.of(config.out, model)).num_rows:
+            announce(
+                f"nothing new: all {len(listing.images)} images of {config.images} have their rows in {config.out}"
+            )
+            return finished
+    with record_run(config.out, WORKFLOW, config, inputs, [masks.FOLDER], keep=not config.new) as record:
+        storage.write_json(storage.join(config.out, TURN_FILE), {"run_id": record.run_id})
+        rows = _Rows.of(config.out, model)  # only now: what another run wrote until it lost the turn is in it
+        pending = _pending(listing, rows)
+        record.counts = {
+            "listed": len(listing.images),
+            "other_files": listing.others,
+            "done_before": len(listing.images) - pending.num_rows,
+        }
+        announce(
+            f"  {pending.num_rows} of {len(listing.images)} images are new to model {model}, "
+            f"{listing.others} other files are passed over"
+        )
+        rows.retire_tried_again(config)
+        summary = Summary.total([])
+        if pending.num_rows:
+            with connected():
+                summary = _segment_pending(config, model, pending, record.run_id)
+        _finish(record, model, summary)
+    announce(f"segmented {config.images} into {config.out} ({_counts_text(record.counts)})")
+    return record
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """The images below a URL as they are now, and how many other objects there are."""
+
+    images: list[StoredObject]
+    others: int
+
+    @classmethod
+    def of(cls, config: SegmentConfig) -> "_Listing":
+        images, others = [], 0
+        for item in storage.list_objects(config.images):
+            if config.wants(item.url):
+                images.append(item)
+            else:
+                others += 1
+        if not images and not others and not storage.exists(config.images):
+            raise PipelineError(f"There is nothing at {config.images}: correct the URL of the images.")
+        return cls(images, others)
+
+    def digest(self) -> str:
+        """Fingerprint of the images and their versions."""
+        digest = hashlib.sha256()
+        for item in self.images:
+            digest.update(f"{item.url}\0{item.version}\n".encode())
+        return digest.hexdigest()
+
+    def table(self) -> pa.Table:
+        """The images as rows of `LISTED`."""
+        columns = [[item.url for item in self.images], [item.version for item in self.images]]
+        return pa.table([pa.array(column, pa.string()) for column in columns], schema=LISTED)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What a model has at an output: the keys of the rows that stand, and the files of those to be tried again."""
+
+    url: str
+    done: pa.Table
+    replaced_files: list[str]
+
+    @classmethod
+    def of(cls, url: str, model: str) -> "_Rows":
+        columns = [*LISTED.names, "status", "__filename"]
+        found = masks.open_masks(url).to_table(columns=columns, filter=pc.field("model_id") == model)
+        replaced = pc.field("status").isin(TRIED_AGAIN)
+        files = {path.rpartition("/")[2] for path in found.filter(replaced)["__filename"].to_pylist()}
+        return cls(url, found.filter(~replaced).select(LISTED.names), sorted(files))
+
+    def retire_tried_again(self, config: SegmentConfig) -> None:
+        """Take away the rows that this run tries again, or whose objects it no longer finds.
+
+        They stand in files without other rows. What is taken away here and not written again, because the run is
+        killed, has no row, which is how the next run knows that it is pending.
+        """
+        for name in self.replaced_files:
+            place = storage.join(self.url, masks.FOLDER, name)
+            filesystem, path = storage.arrow_filesystem(place)
+            table = pq.read_table(path, filesystem=filesystem, schema=masks.PREDICTION_SCHEMA)
+            elsewhere = [
+                not _below(config.images, uri) or not config.wants(uri) for uri in table["image_uri"].to_pylist()
+            ]
+            if not all(elsewhere):
+                storage.delete(place)
+                kept = table.filter(pa.array(elsewhere))
+                if kept.num_rows:
+                    write_table(storage.join(self.url, masks.FOLDER, file_name(kept, masks.KEY)), kept)
+
+
+def _below(prefix: str, url: str) -> bool:
+    return url == prefix or url.startswith(f"{prefix.rstrip('/')}/")
+
+
+def _pending(listing: _Listing, rows: _Rows) -> pa.Table:
+    """The listed images that have no row which stands, in the order of their keys."""
+    keys = list(LISTED.names)
+    return listing.table().join(rows.done, keys=keys, join_type="left anti").sort_by("image_uri")
+
+
+def _refuse_other_output(url: str) -> None:
+    record = read_record(url)
+    if record is not None and record.workflow != WORKFLOW:
+        raise PipelineError(f"{url} holds the output of {record.workflow}, not of {WORKFLOW}: choose another place.")
+
+
+def _segment_pending(config: SegmentConfig, model: str, pending: pa.Table, run_id: str) -> Summary:
+    """Read, segment, encode and write."""
+    palette = model_classes(config.model).palette
+    pool = predictor_pool(config.workers, config.cpus_per_worker, config.use_gpu)
+    blocks = [pending.slice(start, config.batch_size) for start in range(0, pending.num_rows, config.batch_size)]
+    with Progress("segment", pending.num_rows, "images") as progress:
+        sink = MaskSink(config.out, run_id, progress.reporter)
+        (
+            ray.data.from_arrow(blocks)
+            .map_batches(read_images, batch_format="pyarrow", num_cpus=TASK_CPUS)
+            .map_batches(
+                Segmenter,
+                fn_constructor_args=(config.model, config.inference),
+                batch_size=config.batch_size,
+                batch_format="pyarrow",
+                **pool,
+            )
+            .map_batches(MaskEncoder(model, palette), batch_format="pyarrow", num_cpus=TASK_CPUS)
+            # Another number of CPUs keeps Ray from fusing writing with encoding, which would gather a file's worth of
+            # class maps, many times larger than their PNGs.
+            .write_datasink(sink, ray_remote_args={"num_cpus": TASK_CPUS / 2})
+        )
+    summary = Summary.total(sink.written.summaries)
+    if summary.statuses.total() != pending.num_rows:
+        raise AssertionError(
+            f"{pending.num_rows} images became {summary.statuses.total()} results: some are lost or doubled"
+        )
+    return summary
+
+
+def _finish(record: RunRecord, model: str, summary: Summary) -> None:
+    """Put what happened into the record, and refuse to call a run done in which storage gave nothing at all."""
+    statuses, failures = summary.statuses, summary.failures
+    record.counts |= {"ok": statuses[masks.OK], "failed": statuses.total() - statuses[masks.OK]}
+    record.results = {"model_id": model, "statuses": dict(sorted(statuses.items())), "first_failures": failures}
+    if statuses[STORAGE_ERROR] and statuses[STORAGE_ERROR] == statuses.total():
+        raise PipelineError(
+            f"None of the {statuses.total()} pending images could be read; the first: {failures[0]['error']}"
+        )
+    if failures:
+        announce(
+            f"  {record.counts['failed']} images could not be segmented, "
+            f"the first: {failures[0]['image_uri']}: {failures[0]['error']}"
+        )
+
+
+def _counts_text(counts: dict[str, int]) -> str:
+    return ", ".join(f"{counts[name]} {name.replace('_', ' ')}" for name in ("listed", "done_before", "ok", "failed"))
+
+
+class Segmenter(PredictorActor):
+    """Rows of `PIXELS` to rows of `CLASS_MAPS`."""
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        rows = batch.drop_columns("pixels").to_pylist()
+        readable = [index for index, row in enumerate(rows) if row["status"] == masks.OK]
+        images = [
+            torch.frombuffer(bytearray(batch["pixels"][index].as_buffer()), dtype=torch.uint8)
+            .view(rows[index]["height"], rows[index]["width"], 3)
+            .permute(2, 0, 1)  # (3, H, W)
+            for index in readable
+        ]
+        dtype = masks.dtype(self.predictor.model.config.num_classes)
+        for index, prediction in zip(readable, self.predictor(images), strict=True):
+            rows[index]["class_map"] = prediction.class_map.numpy().astype(dtype).tobytes()
+            rows[index]["confidence"] = prediction.confidence.mean().item()
+        return pa.Table.from_pylist(rows, schema=CLASS_MAPS)
