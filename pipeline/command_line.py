@@ -3,10 +3,11 @@
 Exit code 0 means done, 1 a failure with one clear line, 2 a wrong call, 130 an interruption.
 """
 
+import json
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, set_parsing_settings
@@ -14,42 +15,68 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from pipeline.errors import PipelineError, mendable_cause
 
 
+class WrongCall(PipelineError):
+    """A configuration that cannot be understood: an unknown field, a value of the wrong type, a missing one."""
+
+
 class _Parser(ArgumentParser):
-    """Says what is wrong with a call in one line, without the usage text before it."""
+    """Raises what is wrong with a call instead of printing its usage and leaving."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # noqa: ARG002
-        reason = " ".join(str(message).split())
-        print(f"error: {reason} See {self.prog} --help.", file=sys.stderr, flush=True)
-        raise SystemExit(2)
+        raise WrongCall(" ".join(str(message).split()))
 
 
-def parser_for(config_class: type, description: str, program: str | None = None) -> ArgumentParser:
+def parser_for(config_class: type, description: str | None = None, environment: bool = True) -> ArgumentParser:
     """The parser of a workflow: every field of the dataclass is a flag, a YAML key and an environment variable."""
     set_parsing_settings(config_read_mode_fsspec_enabled=True)
-    parser = _Parser(prog=program, description=description, default_env=True, env_prefix="RSSNET")
+    parser = _Parser(description=description, default_env=environment, env_prefix="RSSNET")
     parser.add_argument("--config", action="config", help="YAML file or URL; later flags override its fields")
     parser.add_class_arguments(config_class, as_group=False, fail_untyped=True)
     return parser
 
 
-def parse(config_class: type, description: str, arguments: Sequence[str] | None = None) -> Any:
-    """The configuration that a command line asks for, as an instance of `config_class`."""
-    parser = parser_for(config_class, description)
+def parse(parser: ArgumentParser, config_class: type, arguments: Sequence[str] | None = None) -> Any:
+    """The configuration that a command line asks for, as an instance of `config_class`.
+
+    Raises:
+        WrongCall: for everything that cannot be understood.
+    """
     try:
         values = parser.parse_args(arguments)
+    except WrongCall:
+        raise
     except Exception as error:  # what a store's client raises for --config URL has many classes
-        parser.error(f"the configuration cannot be read: {type(error).__name__}: {error}.")
-    fields = dict(vars(parser.instantiate_classes(values)))
-    fields.pop("config", None)
-    return config_class(**fields)
+        raise WrongCall(f"The configuration cannot be read: {type(error).__name__}: {error}.") from error
+    try:
+        fields = dict(vars(parser.instantiate_classes(values)))
+        fields.pop("config", None)
+        return config_class(**fields)
+    except ValueError as error:  # a dataclass that checks its own values
+        raise WrongCall(str(error)) from error
+
+
+def load(config_class: type, path: str, values: Mapping[str, Any]) -> Any:
+    """The configuration in a YAML file or URL, with some fields set.
+
+    Args:
+        path: empty for the defaults.
+        values: by dotted name, e.g. `optimizer.lr`.
+
+    Raises:
+        WrongCall: if the file or a value cannot be understood.
+    """
+    arguments = [f"--config={path}"] if path else []
+    for name, value in values.items():
+        arguments.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
+    return parse(parser_for(config_class, environment=False), config_class, arguments)
 
 
 def run_workflow(
-    work: Callable[[Any], object], config_class: type, description: str, arguments: Sequence[str] | None = None
+    work: Callable[[Any], object], config_class: type, description: str | None, arguments: Sequence[str] | None = None
 ) -> NoReturn:
     """Parse, do the work, and end the process with the right exit code."""
-    config = parse(config_class, description, arguments)
-    raise SystemExit(guarded(lambda: work(config)))
+    parser = parser_for(config_class, description)
+    raise SystemExit(guarded(lambda: work(parse(parser, config_class, arguments))))
 
 
 def guarded(work: Callable[[], object]) -> int:
@@ -59,6 +86,9 @@ def guarded(work: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         print("interrupted: run the same command again to go on", file=sys.stderr, flush=True)
         return 130
+    except WrongCall as error:
+        print(f"error: {error} See --help.", file=sys.stderr, flush=True)
+        return 2
     except Exception as error:
         print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
         return 1
@@ -66,7 +96,7 @@ def guarded(work: Callable[[], object]) -> int:
 
 
 def _one_line(error: Exception) -> str:
-    cause = error if isinstance(error, PipelineError) else mendable_cause(error)
+    cause = mendable_cause(error)
     if cause is not None:
         return " ".join(str(cause).split())
     with tempfile.NamedTemporaryFile("w", prefix="rssnet-", suffix=".log", delete=False) as log:

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,19 +78,24 @@ def load_predictor(model_url: str, inference: InferenceConfig) -> Predictor:
     """
     resources = ray.get_runtime_context().get_assigned_resources() if ray.is_initialized() else {}
     if "CPU" in resources:
-        torch.set_num_threads(max(1, int(resources["CPU"])))
+        torch.set_num_threads(max(1, math.ceil(resources["CPU"])))
     try:
         model = RSSNet.from_pretrained(model_url)
-        return Predictor(
-            model.eval().to("cuda" if resources.get("GPU") else "cpu"),
-            crop_size=inference.crop_size,
-            stride=inference.stride,
-            window_batch=inference.window_batch,
-            scales=inference.scales,
-            flip=inference.flip,
-        )
+        return predictor_of(model.eval().to("cuda" if resources.get("GPU") else "cpu"), inference)
     except (ValueError, OSError) as error:
         raise PipelineError(f"The model at {model_url} cannot be used: {error}") from error
+
+
+def predictor_of(model: RSSNet, inference: InferenceConfig) -> Predictor:
+    """A model in memory as a predictor; ValueError for settings that it refuses."""
+    return Predictor(
+        model,
+        crop_size=inference.crop_size,
+        stride=inference.stride,
+        window_batch=inference.window_batch,
+        scales=inference.scales,
+        flip=inference.flip,
+    )
 
 
 class PredictorActor:

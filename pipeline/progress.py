@@ -1,5 +1,6 @@
 """Progress of distributed work, shown where the driver runs: a bar at a terminal, plain lines in a log."""
 
+import collections
 import logging
 import sys
 import threading
@@ -29,31 +30,36 @@ class _Board:
     """Where workers write how far they are; the driver reads it."""
 
     def __init__(self) -> None:
-        self.done, self.note = 0.0, ""
+        self.done: dict[str, float] = collections.defaultdict(float)
+        self.note = ""
 
-    def advance(self, amount: float) -> None:
-        self.done += amount
+    def advance(self, part: str, amount: float) -> None:
+        self.done[part] += amount
 
-    def set(self, done: float, note: str) -> None:
-        self.done, self.note = done, note
+    def set(self, part: str, done: float, note: str) -> None:
+        self.done[part], self.note = done, note
 
     def read(self) -> tuple[float, str]:
-        return self.done, self.note
+        return sum(self.done.values()), self.note
 
 
 class Reporter:
     """Handed to workers: says how far they are. Sending is fire and forget and costs no waiting."""
 
-    def __init__(self, board: Any) -> None:
-        self._board = board
+    def __init__(self, board: Any, part: str = "") -> None:
+        self._board, self._part = board, part
+
+    def part(self, name: str) -> "Reporter":
+        """A reporter of one part of the work; what is shown is the sum over parts."""
+        return Reporter(self._board, name)
 
     def advance(self, amount: float) -> None:
         """Add `amount` finished units."""
-        self._board.advance.remote(amount)
+        self._board.advance.remote(self._part, amount)
 
     def update(self, done: float, note: str = "") -> None:
         """Set the number of finished units, with a short text such as the loss."""
-        self._board.set.remote(done, note)
+        self._board.set.remote(self._part, done, note)
 
 
 class Progress(AbstractContextManager["Progress"]):

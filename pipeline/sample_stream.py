@@ -8,9 +8,14 @@ and what a worker sees is fixed by seed, world size and position alone: a resume
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
 import ray.data
+from ray.data import Datasource, ReadTask
+from ray.data.block import Block, BlockAccessor, BlockMetadata
 
 from pipeline.dataset import Chunk
 from pipeline.images import decode_label, decode_photograph
@@ -69,12 +74,9 @@ def sample_batches(
     Yields:
         `image` (B, 3, h, w) uint8, `label` (B, h, w) uint8 and `image_id` (B,).
     """
-    reader = _WindowReader(windows, augmentation, seed, batch_size)
-    stream = ray.data.range(len(windows), override_num_blocks=len(windows)).map_batches(
-        reader, batch_size=1, num_cpus=TASK_CPUS
-    )
+    source = _SampleSource(windows, augmentation, seed, batch_size)
+    stream = ray.data.read_datasource(source, num_cpus=TASK_CPUS, override_num_blocks=len(windows))
     stream.context.execution_options.preserve_order = True
-    stream.context.enable_progress_bars = False
     yield from stream.iter_batches(batch_size=batch_size, drop_last=True, prefetch_batches=2)
 
 
@@ -96,33 +98,57 @@ def _from_position(gathered: list[tuple[int, Chunk]], position: int, start: int)
     return [Window(tuple(gathered), skip=max(0, start - position))]
 
 
-class _WindowReader:
-    """Runs on data tasks: reads a window, shuffles it, and yields its samples decoded and augmented."""
+@dataclass(frozen=True)
+class _SampleSource(Datasource):
+    """One read task for each window: reads it, shuffles it, and yields its samples decoded and augmented.
 
-    def __init__(self, windows: list[Window], augmentation: Augmentation, seed: int, batch_size: int) -> None:
-        self.windows, self.augmentation, self.seed, self.batch_size = windows, augmentation, seed, batch_size
+    Reading and augmenting are one operator, so that all CPUs that decoding needs are those of these tasks.
+    """
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-        window = self.windows[int(batch["id"][0])]
-        rows = [
-            (epoch, row)
-            for epoch, chunk in window.chunks
-            for row in chunk.read(["image_id", "image", "label"]).to_pylist()
-        ]
-        first_epoch, first_chunk = window.chunks[0]
-        order = np.random.default_rng(
-            [self.seed, first_epoch, zlib.crc32(f"{first_chunk.url}:{first_chunk.row_group}".encode())]
-        ).permutation(len(rows))[window.skip :]
-        for begin in range(0, len(order), self.batch_size):
-            yield self._samples([rows[index] for index in order[begin : begin + self.batch_size]])
+    windows: list[Window]
+    augmentation: Augmentation
+    seed: int
+    batch_size: int
 
-    def _samples(self, rows: list[tuple[int, dict]]) -> dict[str, np.ndarray]:
-        images, labels = [], []
-        for epoch, row in rows:
-            seed = zlib.crc32(f"{self.seed}:{epoch}:{row['image_id']}".encode())
-            image, label = decode_photograph(row["image"]), decode_label(row["label"])
-            image, label = self.augmentation(image, label, seed)
-            images.append(image)
-            labels.append(label)
-        ids = np.asarray([row["image_id"] for _, row in rows])
-        return {"image": np.stack(images), "label": np.stack(labels), "image_id": ids}
+    def estimate_inmemory_data_size(self) -> int:
+        """Bytes of all samples; Ray plans its memory with it."""
+        height, width = self.augmentation.crop_size
+        return sum(window.samples for window in self.windows) * height * width * 4
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        """Ray's interface: what each task runs."""
+        return [self._task(window) for window in self.windows]
+
+    def _task(self, window: Window) -> ReadTask:
+        height, width = self.augmentation.crop_size
+        metadata = BlockMetadata(
+            num_rows=window.samples, size_bytes=window.samples * height * width * 4, input_files=None, exec_stats=None
+        )
+        read = partial(_read_window, window, self.augmentation, self.seed, self.batch_size)
+        return ReadTask(read, metadata)
+
+
+def _read_window(window: Window, augmentation: Augmentation, seed: int, batch_size: int) -> Iterator[Block]:
+    """Runs on a data task."""
+    rows = [
+        (epoch, row) for epoch, chunk in window.chunks for row in chunk.read(["image_id", "image", "label"]).to_pylist()
+    ]
+    first_epoch, first = window.chunks[0]
+    place = zlib.crc32(f"{PurePosixPath(first.url).name}:{first.row_group}".encode())
+    order = np.random.default_rng([seed, first_epoch, place]).permutation(len(rows))[window.skip :]
+    for begin in range(0, len(order), batch_size):
+        chosen = [rows[index] for index in order[begin : begin + batch_size]]
+        yield BlockAccessor.batch_to_block(_samples(chosen, augmentation, seed))
+
+
+def _samples(rows: list[tuple[int, dict[str, Any]]], augmentation: Augmentation, seed: int) -> dict[str, np.ndarray]:
+    images, labels = [], []
+    for epoch, row in rows:
+        sample_seed = zlib.crc32(f"{seed}:{epoch}:{row['image_id']}".encode())
+        image, label = augmentation(decode_photograph(row["image"]), decode_label(row["label"]), sample_seed)
+        images.append(image)
+        labels.append(label)
+    ids = np.asarray([row["image_id"] for _, row in rows])
+    return {"image": np.stack(images), "label": np.stack(labels), "image_id": ids}

@@ -1,0 +1,129 @@
+"""The whole chain as one durable run: ingest, train, evaluate, sweep, segment, report, each on its final contract.
+
+What is done is not done again. A stage runs if it has no finished record for the same work, or if a stage before it has
+run since; so deleting one stage's output runs that stage and those after it.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from pipeline import storage
+from pipeline.cluster import connected
+from pipeline.command_line import load
+from pipeline.evaluation import EvaluateConfig, evaluate
+from pipeline.ingest import IngestConfig, ingest
+from pipeline.prediction import InferenceConfig
+from pipeline.progress import announce
+from pipeline.run_record import RunRecord, read_record
+from pipeline.run_report import ReportConfig, report
+from pipeline.segmentation import SegmentConfig, segment
+from pipeline.sweep import SweepConfig, sweep
+from pipeline.training import MODEL_FOLDER, TrainConfig, train
+
+STAGES = ("ingest", "train", "evaluate", "sweep", "segment", "report")
+
+
+@dataclass(frozen=True)
+class EndToEndConfig:
+    """Ingest labelled images, train, evaluate, sweep, segment a bucket of photographs, and report.
+
+    Args:
+        source: URL of the labelled images.
+        photos: URL of the images to segment.
+        root: URL below which every stage has its place.
+        layout: of the source: camvid, folders, or auto.
+        train: YAML file or URL of a training configuration.
+        sweep: YAML file or URL of a sweep configuration.
+        inference: how the model is applied in evaluate and segment.
+        workers: processes that hold a model each, in evaluate and segment.
+        use_gpu: give each of them a GPU.
+        cpus_per_worker: CPUs, and threads, for each of them.
+    """
+
+    source: str
+    photos: str
+    root: str
+    layout: str = "auto"
+    train: str = "workflows/presets/camvid_tiny.yaml"
+    sweep: str = "workflows/presets/sweep_smoke.yaml"
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    workers: int = 1
+    use_gpu: bool = False
+    cpus_per_worker: float = 1.0
+
+
+@dataclass(frozen=True)
+class _Stage:
+    name: str
+    place: str
+    work: Callable[[bool], RunRecord]
+
+
+def end_to_end(config: EndToEndConfig, after_stage: Callable[[], object] | None = None) -> dict[str, RunRecord]:
+    """Run what is not done yet, in order; the records of all stages by name.
+
+    Args:
+        after_stage: called each time a stage has ended well.
+
+    Raises:
+        PipelineError: from the first stage that fails. What is finished stays, and is skipped by the next run.
+    """
+    config = dataclasses.replace(config, root=storage.absolute(config.root))
+    stages = _stages(config)
+    records: dict[str, RunRecord] = {}
+    previous: RunRecord | None = None
+    with connected():
+        for number, stage in enumerate(stages, start=1):
+            announce(f"[{number}/{len(stages)}] {stage.name}: {stage.place}")
+            previous = stage.work(_is_stale(read_record(stage.place), previous))
+            records[stage.name] = previous
+            if after_stage:
+                after_stage()
+    return records
+
+
+def _is_stale(record: RunRecord | None, previous: RunRecord | None) -> bool:
+    """Whether what a stage left was begun before the stage before it ended, and so is made of something older."""
+    return record is not None and previous is not None and record.started < (previous.finished or "")
+
+
+def _stages(config: EndToEndConfig) -> list[_Stage]:
+    places = {name: storage.join(config.root, name) for name in STAGES}
+    model = storage.join(places["train"], MODEL_FOLDER)
+    shared = {
+        "workers": config.workers,
+        "use_gpu": config.use_gpu,
+        "cpus_per_worker": config.cpus_per_worker,
+        "inference": config.inference,
+    }
+
+    def do_ingest(new: bool) -> RunRecord:
+        return ingest(IngestConfig(config.source, places["ingest"], config.layout, new=new))
+
+    def do_train(new: bool) -> RunRecord:
+        values = {"dataset": places["ingest"], "run": places["train"], "new": new}
+        return train(load(TrainConfig, config.train, values))
+
+    def do_evaluate(new: bool) -> RunRecord:
+        return evaluate(EvaluateConfig(model, places["ingest"], places["evaluate"], new=new, **shared))
+
+    def do_sweep(new: bool) -> RunRecord:
+        values = {"dataset": places["ingest"], "run": places["sweep"], "new": new}
+        return sweep(load(SweepConfig, config.sweep, values))
+
+    def do_segment(new: bool) -> RunRecord:
+        return segment(SegmentConfig(model, config.photos, places["segment"], new=new, **shared))
+
+    def do_report(new: bool) -> RunRecord:
+        return report(ReportConfig(config.root, config.photos, places["report"], new=new))
+
+    work = {
+        "ingest": do_ingest,
+        "train": do_train,
+        "evaluate": do_evaluate,
+        "sweep": do_sweep,
+        "segment": do_segment,
+        "report": do_report,
+    }
+    return [_Stage(name, places[name], work[name]) for name in STAGES]

@@ -1,0 +1,173 @@
+"""What each training worker runs: steps, validation, checkpoints, and the model at the end."""
+
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed
+from torch import nn
+
+from pipeline import dataset, storage
+from pipeline.evaluation import confusion_matrix
+from pipeline.prediction import predictor_of
+from pipeline.progress import Reporter
+from pipeline.sample_stream import plan_windows, sample_batches
+from pipeline.training import HISTORY_FILE, MODEL_FOLDER, TrainConfig
+from pipeline.transforms import Augmentation
+from rssnet import RSSNet
+from rssnet.losses import RSSNetLoss
+from rssnet.metrics import ConfusionMatrix
+from rssnet.optim import parameter_groups, poly_with_warmup
+
+LOG_EVERY = 10
+STATE_FILE = "state.pt"
+
+
+def train_worker(job: dict[str, Any]) -> None:
+    """Ray Train's entry point on each worker.
+
+    Args:
+        job: `config`, a `TrainConfig` with its number of classes set, and `reporter`.
+    """
+    config: TrainConfig = job["config"]
+    if not config.resources.use_gpu:
+        torch.set_num_threads(max(1, math.ceil(config.resources.cpus_per_worker)))
+    _Training(config, job["reporter"]).run()
+
+
+class _Training:
+    """The state of one worker's training, and its steps in order."""
+
+    def __init__(self, config: TrainConfig, reporter: Reporter) -> None:
+        context = ray.train.get_context()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.config, self.reporter = config, reporter
+        self.device = ray.train.torch.get_device()
+        self.data = dataset.open(config.dataset)
+
+        torch.manual_seed(config.seed)  # the same initial weights on every worker
+        self.model = RSSNet(config.model, self.data.classes).to(self.device)
+        self.criterion = RSSNetLoss(config.loss, len(self.data.classes))
+        options = config.optimizer
+        groups = parameter_groups(
+            self.model, options.lr, options.weight_decay, options.layer_decay, options.decoder_lr_scale
+        )
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
+        warmup = min(options.warmup_iterations, config.iterations - 1)
+        self.schedule = poly_with_warmup(self.optimizer, config.iterations, warmup, options.warmup_lr, options.power)
+        self.iteration = 0
+        self.history: dict[str, list[dict[str, float]]] = {"training": [], "validation": []}
+        self._restore()
+        self.parallel: nn.Module = ray.train.torch.prepare_model(self.model, move_to_device=False)
+
+    def run(self) -> None:
+        config = self.config
+        mean = torch.tensor(self.model.pixel_mean, device=self.device).view(1, 3, 1, 1) * 255
+        std = torch.tensor(self.model.pixel_std, device=self.device).view(1, 3, 1, 1) * 255
+        started, first = time.monotonic(), self.iteration
+        if self.iteration < config.iterations:
+            for batch in self._batches():
+                images = (torch.as_tensor(batch["image"], device=self.device).float() - mean) / std
+                labels = torch.as_tensor(batch["label"], device=self.device).long()
+                losses = self._step(images, labels)
+                self._log(losses, started, first)
+                self._evaluate_and_report(losses)
+                if self.iteration == config.iterations:
+                    break
+        if self.rank == 0:
+            with tempfile.TemporaryDirectory() as folder:
+                self.model.save_pretrained(folder)
+                storage.upload_folder(Path(folder), storage.join(config.run, MODEL_FOLDER))
+
+    def _batches(self) -> Any:
+        config = self.config
+        batch_size = config.batch_size // self.world_size
+        fill = tuple(round(255 * value) for value in self.model.pixel_mean)
+        augmentation = Augmentation(config.augmentation, config.model.image_hw, (fill[0], fill[1], fill[2]))
+        chunks = self.data.chunks(config.train_split)
+        start, stop = self.iteration * batch_size, config.iterations * batch_size
+        windows = plan_windows(chunks, config.seed, (self.rank, self.world_size), start, stop)
+        return sample_batches(windows, augmentation, config.seed, batch_size)
+
+    def _step(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        # Seeded anew for each step, so that a resumed run draws the same drop path masks without stored random states.
+        torch.manual_seed(hash((self.config.seed, self.iteration, self.rank)) % 2**63)
+        self.parallel.train()
+        losses = self.criterion(self.parallel(images), labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses["loss"].backward()
+        if self.config.optimizer.clip_grad_norm:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_grad_norm)
+        self.optimizer.step()
+        self.schedule.step()
+        self.iteration += 1
+        return losses
+
+    def _log(self, losses: dict[str, torch.Tensor], started: float, first: int) -> None:
+        if self.rank or (self.iteration % LOG_EVERY and self.iteration != 1):
+            return
+        loss, lr = float(losses["loss"]), self.schedule.get_last_lr()[-1]
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} at iteration {self.iteration}")
+        rate = (self.iteration - first) * self.config.batch_size / (time.monotonic() - started)
+        self.history["training"].append({"iteration": self.iteration, "loss": loss, "lr": lr})
+        self.reporter.update(self.iteration, f"loss {loss:.3f}, lr {lr:.1e}, {rate:.1f} images/s")
+
+    def _evaluate_and_report(self, losses: dict[str, torch.Tensor]) -> None:
+        config, last = self.config, self.iteration == self.config.iterations
+        evaluate = last or self.iteration % config.evaluate_every == 0
+        checkpoint = last or self.iteration % config.checkpoint_every == 0
+        if evaluate:
+            self._evaluate()
+        if not (evaluate or checkpoint):
+            return
+        metrics = {"iteration": self.iteration, "loss": float(losses["loss"]), "evaluated": evaluate}
+        if self.history["validation"]:
+            metrics |= {name: self.history["validation"][-1][name] for name in ("miou", "macc", "aacc")}
+        with tempfile.TemporaryDirectory() as folder:
+            state = None
+            if checkpoint and self.rank == 0:
+                self._save(Path(folder))
+                state = ray.train.Checkpoint.from_directory(folder)
+            ray.train.report(metrics, checkpoint=state)
+        if self.rank == 0:
+            storage.write_json(storage.join(config.run, HISTORY_FILE), self.history)
+
+    def _evaluate(self) -> None:
+        """Validate on all workers, each its share; the sum of their confusion matrices is exact."""
+        self.model.eval()
+        rows = self.data.rows(self.config.val_split, ["image", "label"], shard=(self.rank, self.world_size))
+        matrix = confusion_matrix(predictor_of(self.model, self.config.inference), rows, len(self.data.classes))
+        counts = torch.as_tensor(matrix.counts, device=self.device)
+        if self.world_size > 1:
+            torch.distributed.all_reduce(counts)
+        scores = ConfusionMatrix(len(self.data.classes), counts=counts.cpu()).scores()
+        self.history["validation"].append(
+            {"iteration": self.iteration, "miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc}
+        )
+
+    def _save(self, folder: Path) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "iteration": self.iteration,
+            "history": self.history,
+        }
+        torch.save(state, folder / STATE_FILE)
+
+    def _restore(self) -> None:
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return
+        with checkpoint.as_directory() as folder:
+            state = torch.load(Path(folder) / STATE_FILE, map_location="cpu", weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.iteration, self.history = state["iteration"], state["history"]

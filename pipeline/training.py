@@ -1,0 +1,228 @@
+"""Training on Ray Train: from a canonical dataset to a model, resumable from the run's own checkpoints."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray.train
+import torch
+from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.callback import UserCallback
+
+from pipeline import dataset, storage
+from pipeline.cluster import connected
+from pipeline.dataset import SegmentationDataset
+from pipeline.errors import PipelineError
+from pipeline.prediction import InferenceConfig
+from pipeline.progress import Progress, Reporter, announce
+from pipeline.run_record import RunRecord, finished_record, record_run, refuse_other_work
+from pipeline.transforms import AugmentationConfig
+from rssnet import RSSNet, RSSNetConfig
+from rssnet.config import LossConfig
+
+CHECKPOINTS_FOLDER = "checkpoints"
+MODEL_FOLDER = "model"
+HISTORY_FILE = "history.json"
+CONTROLLER_FAILURES = 3  # ray retries a group that cannot start for ever unless told a number
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a linear warm-up and a polynomial decay to zero.
+
+    Args:
+        lr: learning rate of the backbone's last layer.
+        weight_decay: of weights; biases, norms and queries have none.
+        layer_decay: factor on the learning rate per backbone layer, from the last to the first; 1 is off.
+        decoder_lr_scale: factor on the learning rate of everything but the backbone.
+        warmup_iterations: iterations of linear rise.
+        warmup_lr: learning rate that the rise starts from.
+        power: exponent of the polynomial decay.
+        clip_grad_norm: largest norm of the gradient, beyond which it is scaled down; 0 is off.
+    """
+
+    lr: float = 3e-5
+    weight_decay: float = 0.05
+    layer_decay: float = 1.0
+    decoder_lr_scale: float = 10.0
+    warmup_iterations: int = 1500
+    warmup_lr: float = 1e-6
+    power: float = 1.0
+    clip_grad_norm: float = 0.0
+
+
+@dataclass(frozen=True)
+class ResourcesConfig:
+    """What a training run asks the cluster for. Decoding and augmentation run on other CPUs of the cluster.
+
+    Args:
+        workers: training processes; the batch is shared among them.
+        use_gpu: one GPU for each worker.
+        cpus_per_worker: CPUs that Ray reserves for each worker; rounded up, its number of threads.
+        max_failures: how often a failed worker group is started again from its last checkpoint.
+    """
+
+    workers: int = 1
+    use_gpu: bool = False
+    cpus_per_worker: float = 1.0
+    max_failures: int = 2
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a model on a canonical dataset.
+
+    Args:
+        dataset: URL of a canonical dataset.
+        run: URL for checkpoints, the model and the record. It is the run's identity: the same URL goes on where it was.
+        model: the network; its number of classes comes from the dataset.
+        loss: weights of the losses.
+        optimizer: optimizer and learning rate schedule.
+        augmentation: how samples are varied; the crop is the model's image size.
+        inference: how validation applies the model to whole images.
+        iterations: optimizer steps.
+        batch_size: images per step, over all workers.
+        evaluate_every: iterations between validations.
+        checkpoint_every: iterations between checkpoints.
+        train_split: split to train on.
+        val_split: split to validate on.
+        seed: of weights, order and augmentation.
+        resources: what to ask the cluster for.
+        new: start afresh, replacing what an earlier run left there.
+    """
+
+    dataset: str
+    run: str
+    model: RSSNetConfig = field(default_factory=RSSNetConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    iterations: int = 80_000
+    batch_size: int = 16
+    evaluate_every: int = 4000
+    checkpoint_every: int = 1000
+    train_split: str = "train"
+    val_split: str = "val"
+    seed: int = 0
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    new: bool = field(default=False, metadata={"identity": False})
+
+
+def train(config: TrainConfig) -> RunRecord:
+    """Train, validate, and leave the model at `<run>/model`.
+
+    Raises:
+        PipelineError: if the configuration, the dataset or the run's place cannot serve, or the training fails.
+    """
+    config = dataclasses.replace(config, dataset=storage.absolute(config.dataset), run=storage.absolute(config.run))
+    data = dataset.open(config.dataset)
+    config = completed(config, data)
+    inputs = {"dataset": data.info.fingerprint}
+    if not config.new:
+        finished = finished_record(config.run, "train", config, inputs)
+        if finished:
+            announce(f"already trained: {config.run} ({scores_text(finished.results)})")
+            return finished
+        refuse_other_work(config.run, "train", config, inputs)
+    outputs = [CHECKPOINTS_FOLDER, MODEL_FOLDER, HISTORY_FILE]
+    with connected():
+        require_resources(config.resources)
+        with record_run(config.run, "train", config, inputs, outputs, keep=not config.new) as record:
+            with Progress("train", total=config.iterations, unit="iterations") as progress:
+                fit(config, reporter=progress.reporter)
+            history = storage.read_json(storage.join(config.run, HISTORY_FILE))
+            split = data.split(config.train_split)
+            record.counts = {"iterations": config.iterations, "images": split.rows}
+            record.results = history["validation"][-1]
+    announce(f"trained {config.run}/{MODEL_FOLDER} ({scores_text(record.results)})")
+    return record
+
+
+def completed(config: TrainConfig, data: SegmentationDataset) -> TrainConfig:
+    """The configuration with the dataset's number of classes, checked as far as is possible without training.
+
+    Raises:
+        PipelineError: naming the field and the value that cannot serve.
+    """
+    for split in (config.train_split, config.val_split):
+        data.require_labels(split)
+    for name in ("iterations", "batch_size", "evaluate_every", "checkpoint_every"):
+        if getattr(config, name) < 1:
+            raise PipelineError(f"{name} is {getattr(config, name)}: give 1 or more.")
+    workers = config.resources.workers
+    if workers < 1 or config.batch_size % workers:
+        raise PipelineError(
+            f"batch_size {config.batch_size} cannot be shared evenly by {workers} workers: make it a multiple of them."
+        )
+    classes = len(data.classes)
+    if config.model.num_classes not in (None, classes):
+        raise PipelineError(
+            f"model.num_classes is {config.model.num_classes}, but {data.url} has {classes} classes: leave it out."
+        )
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=classes))
+    try:
+        with torch.device("meta"):
+            RSSNet(dataclasses.replace(config.model, pretrained=False), data.classes)
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise PipelineError(f"The model cannot be built: {error}") from error
+    return config
+
+
+def fit(config: TrainConfig, reporter: Reporter, callbacks: Sequence[UserCallback] = ()) -> Result:
+    """Run the training loop on the cluster; goes on from the last checkpoint below `config.run`, if there is one.
+
+    Args:
+        config: as `completed` returns it.
+        reporter: is told iterations and loss.
+        callbacks: Ray Train's, called in its controller process.
+    """
+    from pipeline.train_loop import train_worker  # the loop imports this module for its configuration
+
+    filesystem, path = storage.arrow_filesystem(config.run)
+    resources = config.resources
+    per_worker: dict[str, Any] = {"CPU": resources.cpus_per_worker}
+    if resources.use_gpu:
+        per_worker["GPU"] = 1
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"config": config, "reporter": reporter},
+        scaling_config=ScalingConfig(
+            num_workers=resources.workers, use_gpu=resources.use_gpu, resources_per_worker=per_worker
+        ),
+        run_config=RunConfig(
+            name=CHECKPOINTS_FOLDER,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(
+                max_failures=resources.max_failures, controller_failure_limit=CONTROLLER_FAILURES
+            ),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            callbacks=list(callbacks),
+        ),
+    )
+    return trainer.fit()
+
+
+def require_resources(resources: ResourcesConfig) -> None:
+    """Raise PipelineError if the cluster can never start these workers and still decode images beside them."""
+    have = ray.cluster_resources()
+    gpus = resources.workers if resources.use_gpu else 0
+    if have.get("GPU", 0) < gpus:
+        raise PipelineError(
+            f"{gpus} GPUs are asked for, but the cluster has {have.get('GPU', 0):g}: "
+            "lower resources.workers, or set resources.use_gpu false."
+        )
+    cpus = resources.workers * resources.cpus_per_worker
+    if have.get("CPU", 0) < cpus + 0.25:
+        raise PipelineError(
+            f"{resources.workers} workers with {resources.cpus_per_worker:g} CPUs each leave nothing of the cluster's "
+            f"{have.get('CPU', 0):g} CPUs for decoding images: lower resources.workers or resources.cpus_per_worker."
+        )
+
+
+def scores_text(scores: dict[str, Any]) -> str:
+    """The scores of a record in a few words."""
+    return f"mIoU {scores['miou']:.3f}, pixel accuracy {scores['aacc']:.3f}"

@@ -1,0 +1,47 @@
+"""What tests share: one Ray and one local S3 server for the whole session, and the CamVid photographs if they are here."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ["RAY_AUTH_MODE"] = "disabled"  # else ray writes a token file into the home folder
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """`s3://` URLs mean a server on this machine. The bucket `test` is there."""
+    from pipeline.local_s3 import LocalS3
+
+    with LocalS3(tmp_path_factory.mktemp("s3")) as server:
+        server.create_bucket("test")
+        yield
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3: None) -> Iterator[None]:  # noqa: ARG001 - ray's workers inherit the server's environment
+    """A local Ray with two CPUs, which stages then use instead of starting their own."""
+    import ray
+
+    from pipeline.cluster import connected
+
+    with connected():
+        assert ray.is_initialized()
+        yield
+
+
+@pytest.fixture
+def bucket(s3: None, request: pytest.FixtureRequest) -> str:  # noqa: ARG001
+    """An `s3://` prefix of this test's own."""
+    return f"s3://test/{request.node.nodeid.replace('/', '_').replace('::', '/')}"
+
+
+@pytest.fixture(scope="session")
+def camvid() -> Path:
+    """The CamVid folder; the test is skipped, saying so, where there is none."""
+    default = Path(__file__).parents[2] / "shared" / "data" / "camvid"
+    folder = Path(os.environ.get("CAMVID_DIR", default))
+    if not (folder / "trainannot").is_dir():
+        pytest.skip(f"no CamVid photographs at {folder}: set CAMVID_DIR")
+    return folder

@@ -1,0 +1,7 @@
+"""Train RSSNet on a canonical dataset."""
+
+from pipeline.command_line import run_workflow
+from pipeline.training import TrainConfig, train
+
+if __name__ == "__main__":
+    run_workflow(train, TrainConfig, __doc__)
