@@ -52,7 +52,8 @@ class UPerNetHead(nn.Module):
     """Pyramid pooling on the deepest map, a feature pyramid down to the finest, and a classifier on all of them.
 
     Args:
-        config: The whole model's config; `decoder_width` is the head's channels, 512 as published when not given.
+        config: The whole model's config; `decoder_width` is the head's channels, 512 as published when not given
+            (BEiT-L's published 441 M parameters have 1024).
         layout: The backbone's layout.
     """
 

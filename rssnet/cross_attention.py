@@ -75,7 +75,7 @@ class DiscriminativeLayer(nn.Module):
     def _with_null(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if self.null_key is None:
             return key, value
-        null = self.null_key.to(key.dtype).expand(len(key), -1, -1)
+        null = self.null_key.to(key.dtype).expand(key.shape[0], -1, -1)
         return torch.cat([key, null], dim=1), torch.cat([value, torch.zeros_like(null)], dim=1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class DiscriminativeCrossAttention(nn.Module):
             One state per layer, its regions normalised.
         """
         tokens = self.norm_tokens(fused.flatten(2).transpose(1, 2))  # (B, N, d)
-        regions = self.queries.to(tokens.dtype).repeat(len(tokens), 1, 1)
+        regions = self.queries.to(tokens.dtype).repeat(tokens.shape[0], 1, 1)
         states = []
         for layer in self.layers:
             state = layer(regions, tokens)

@@ -8,13 +8,16 @@ Shapes: B images of (H, W) pixels, K classes, d channels.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .composition import window_shifts
 from .config import LossConfig
 from .decoder import RSSNetOutput
-from .separation import SeparationWeights, window_shifts
+from .separation import SeparationWeights
 
 
 class RSSNetLoss(nn.Module):
@@ -25,7 +28,7 @@ class RSSNetLoss(nn.Module):
         num_classes: K.
 
     Raises:
-        ValueError: class weights that are not one per class.
+        ValueError: class weights that are not one per class, or an ignored label that is a class.
     """
 
     def __init__(self, config: LossConfig, num_classes: int) -> None:
@@ -33,6 +36,10 @@ class RSSNetLoss(nn.Module):
         if config.class_weights is not None and len(config.class_weights) != num_classes:
             raise ValueError(
                 f"{len(config.class_weights)} class_weights for {num_classes} classes; give one per class."
+            )
+        if 0 <= config.ignore_index < num_classes:
+            raise ValueError(
+                f"ignore_index {config.ignore_index} is also a class of {num_classes}; choose one that no class has."
             )
         self.config = config
         self.num_classes = num_classes
@@ -62,7 +69,15 @@ class RSSNetLoss(nn.Module):
         if labels.device.type == "cpu" and not torch.compiler.is_compiling() and invalid.any():
             check_labels(labels, self.num_classes, config.ignore_index)
         labels = labels.masked_fill(invalid, config.ignore_index)
+        with _full_precision(labels.device):
+            parts, scales = self._parts(output, labels)
+            # A weight of zero still touches its part: distributed training wants a gradient for every parameter.
+            total = torch.stack([scales[name] * part for name, part in parts.items()]).sum()
+        return {"loss": total.masked_fill(invalid.any(), torch.nan), **parts}
 
+    def _parts(self, output: RSSNetOutput, labels: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """The losses, and the weight of each."""
+        config = self.config
         parts = {"segmentation": self._cross_entropy(output.logits, labels)}
         scales = {"segmentation": 1.0}
         auxiliary = output.auxiliary
@@ -96,11 +111,7 @@ class RSSNetLoss(nn.Module):
                     auxiliary.separation, labels, self.num_classes, ratio
                 )
                 scales["separation_supervision"] = config.separation_supervision
-
-        # A weight of zero still touches its part: distributed training wants a gradient for every parameter.
-        total = torch.stack([scales[name] * part for name, part in parts.items()]).sum()
-        total = total.masked_fill(invalid.any(), torch.nan)
-        return {"loss": total, **parts}
+        return parts, scales
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         return cross_entropy(
@@ -111,6 +122,13 @@ class RSSNetLoss(nn.Module):
             label_smoothing=self.config.label_smoothing,
             hardest_fraction=self.config.hardest_fraction,
         )
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Cosines over a small temperature, and sums over images, need more than half precision."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def check_labels(labels: Tensor, num_classes: int, ignore_index: int = 255) -> None:
@@ -314,7 +332,7 @@ def separation_supervision_loss(weights: SeparationWeights, labels: Tensor, num_
 
     # The share of each token around a fine location that is of the location's class, and that is of others.
     shares = class_shares(labels, num_classes, grid)
-    shifts = window_shifts(shares, round(window**0.5))  # (B, h, w, K) each
+    shifts = list(window_shifts(shares, round(window**0.5)))  # (B, h, w, K) each
     same = torch.stack([shift.gather(-1, own.masked_fill(~valid, 0)) for shift in shifts], dim=-1)
     other = torch.stack([shift.sum(dim=-1, keepdim=True) for shift in shifts], dim=-1) - same  # (B, h, w, r*r, k*k)
     mixed = (valid & (same.amax(dim=-1) > 0.5) & (other.amax(dim=-1) > 0.5)).float()

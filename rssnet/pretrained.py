@@ -9,24 +9,28 @@ import logging
 import sys
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-import fsspec
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from safetensors import SafetensorError
 from timm.models import load_pretrained
 from torch import nn
 
 logger = logging.getLogger(__name__)
 
-_HUB_PREFIXES = ("hf-hub:", "hf_hub:")
+_HUB_PREFIX = "hf-hub:"
 
 
 @dataclass(frozen=True)
 class WeightsReport:
     """What became of pre-trained weights.
 
+    An `.npz` file is copied by timm tensor by tensor: there nothing is missing and what is left over is not told.
+
     Attributes:
-        source: Where they came from.
+        source: Where they came from; "timm" for those that timm names.
         missing: Parameters of the backbone that the weights don't have; they stay random.
         unexpected: Weights that the backbone has no place for, such as a classifier's.
     """
@@ -37,36 +41,37 @@ class WeightsReport:
 
 
 def load_backbone_weights(body: Any, source: bool | str) -> WeightsReport:
-    """Fills a timm model, resizing position embeddings and biases to its image size.
+    """Fills a timm model, its names and shapes as in timm or, where timm can convert them, as first published.
 
     Args:
-        body: A timm model.
-        source: True for the weights that timm names, a hub id with prefix `hf-hub:`, or a file or URL of
-            `.safetensors`, `.pth`, `.pt`, `.bin` or, where timm can read it, `.npz`.
+        body: A timm model, at the image size of the weights.
+        source: True for the weights that timm names; or a hub id, `hf-hub:owner/name`; or a path or URL of a
+            `.safetensors`, `.pth`, `.pt`, `.bin` or, where timm can read it, `.npz` file.
 
     Returns:
         What was missing and what was left over.
 
     Raises:
-        ValueError: no such weights, or weights of another architecture.
+        ValueError: no such weights, weights that only unpickling could read, or weights of another architecture.
     """
     if source is True:
-        return _load(body, {}, f"timm's weights of {body.pretrained_cfg.get('architecture')}")
+        return _load(body, {}, "timm")
     assert isinstance(source, str)
-    if source.startswith(_HUB_PREFIXES):
-        return _load(body, {"hf_hub_id": source.split(":", 1)[1], "file": None, "url": None}, source)
+    if source.startswith(_HUB_PREFIX):
+        return _load(body, {"hf_hub_id": source.removeprefix(_HUB_PREFIX), "hf_hub_filename": None}, source)
+    files, path = url_to_fs(source)
+    if not files.isfile(path):
+        raise ValueError(
+            f"There are no pre-trained weights at {source!r}; give a file, a URL or {_HUB_PREFIX}owner/name."
+        )
+    is_numpy = path.endswith(".npz")
     with tempfile.TemporaryDirectory() as folder:
-        # timm tells formats apart by a file's ending, so the name is kept.
-        local = Path(folder) / Path(source.rsplit("?", 1)[0]).name
-        try:
-            fsspec.filesystem("file")
-            with fsspec.open(source, "rb") as stream:
-                local.write_bytes(stream.read())  # pyright: ignore[reportAttributeAccessIssue]
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"There are no pre-trained weights at {source!r}; give a file, a URL or hf-hub:owner/name."
-            ) from error
-        return _load(body, {"file": str(local)}, source)
+        if isinstance(files, LocalFileSystem):
+            local = path
+        else:
+            local = str(Path(folder) / PurePosixPath(path).name)  # timm tells formats apart by the ending
+            files.get_file(path, local)
+        return _load(body, {"file": local, "custom_load": is_numpy}, source)
 
 
 def _load(body: Any, overlay: dict[str, Any], source: str) -> WeightsReport:
@@ -77,6 +82,7 @@ def _load(body: Any, overlay: dict[str, Any], source: str) -> WeightsReport:
         missing.extend(keys.missing_keys)
         unexpected.extend(keys.unexpected_keys)
 
+    architecture = body.pretrained_cfg["architecture"]
     expected = len(body.state_dict())
     handle = body.register_load_state_dict_post_hook(note)
     family = sys.modules[type(body).__module__]
@@ -88,18 +94,20 @@ def _load(body: Any, overlay: dict[str, Any], source: str) -> WeightsReport:
             filter_fn=getattr(family, "checkpoint_filter_fn", None),
             strict=False,
         )
-    except RuntimeError as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(
-            f"The pre-trained weights from {source} do not fit {body.pretrained_cfg.get('architecture')}: {error}"
+            f"Pre-trained weights of {architecture} could not be loaded from {source}: {error} Give a file, a URL or "
+            f"{_HUB_PREFIX}owner/name that holds weights of {architecture}, or set pretrained to false."
         ) from error
     finally:
         handle.remove()
     if len(missing) > expected / 2:
         raise ValueError(
-            f"The pre-trained weights from {source} are of another architecture than "
-            f"{body.pretrained_cfg.get('architecture')}: {len(missing)} of its {expected} tensors are missing "
-            f"({', '.join(missing[:3])}, ...) and {len(unexpected)} are left over ({', '.join(unexpected[:3])}, ...)."
+            f"The pre-trained weights from {source} are of another architecture than {architecture}: {len(missing)} of "
+            f"its {expected} tensors are missing ({', '.join(missing[:3])}, ...) and {len(unexpected)} are left over "
+            f"({', '.join(unexpected[:3])}, ...)."
         )
     report = WeightsReport(source=source, missing=tuple(missing), unexpected=tuple(unexpected))
-    logger.info("Weights from %s: missing %s; unexpected %s", source, missing or "none", unexpected or "none")
+    level = logging.WARNING if missing else logging.INFO
+    logger.log(level, "%s from %s: missing %s; unexpected %s", architecture, source, missing or 0, unexpected or 0)
     return report

@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
+
+from .composition import compose, window_shifts
 
 # Bilinear weights are zero for most tokens of a window; this floor lets their logits be finite and be learned.
 BILINEAR_FLOOR = 1e-3
@@ -55,51 +56,6 @@ def bilinear_weights(ratio: int, kernel_size: int) -> Tensor:
     positions = torch.arange(kernel_size, dtype=torch.float64) - kernel_size // 2
     per_axis = (1 - (offsets[:, None] - positions[None, :]).abs()).clamp(min=0)  # (r, k)
     return torch.einsum("pi,qj->pqij", per_axis, per_axis).reshape(ratio, ratio, kernel_size**2).float()
-
-
-def window_shifts(tokens: Tensor, kernel_size: int) -> list[Tensor]:
-    """The map shifted to each of the k*k places of a window, row by row, as views of one padded copy.
-
-    Args:
-        tokens: (B, C, h, w).
-        kernel_size: Odd side of the window, k.
-
-    Returns:
-        k*k views (B, h, w, C); borders are replicated.
-    """
-    height, width = tokens.shape[-2:]
-    margin = kernel_size // 2
-    padded = F.pad(tokens, (margin, margin, margin, margin), mode="replicate").permute(0, 2, 3, 1)
-    return [
-        padded[:, row : row + height, column : column + width]
-        for row in range(kernel_size)
-        for column in range(kernel_size)
-    ]
-
-
-def compose(tokens: Tensor, composition: Tensor, kernel_size: int) -> Tensor:
-    """Weighted sums of the tokens around each fine location.
-
-    One pass of k*k products, each of which spreads a token over the r*r fine locations inside it: never k*k copies of
-    the map.
-
-    Args:
-        tokens: (B, d, h, w).
-        composition: (B, h * r, w * r, g, k*k).
-        kernel_size: Odd side of the window, k.
-
-    Returns:
-        (B, d, h * r, w * r), channels last in memory.
-    """
-    batch, channels, height, width = tokens.shape
-    groups = composition.shape[3]
-    ratio = composition.shape[1] // height
-    per_token = (batch, height, 1, width, 1, groups, channels // groups)
-    weights = composition.to(tokens.dtype).reshape(batch, height, ratio, width, ratio, groups, kernel_size**2)
-    composed = tokens.new_zeros(batch, height, ratio, width, ratio, groups, channels // groups)
-    for place, shifted in enumerate(window_shifts(tokens, kernel_size)):
-        composed = torch.addcmul(composed, shifted.reshape(per_token), weights[..., place, None])
-    return composed.reshape(batch, height * ratio, width * ratio, channels).permute(0, 3, 1, 2)
 
 
 class BilinearUpsampling(nn.Module):
@@ -158,9 +114,9 @@ class SpatiallyAdaptiveSeparation(nn.Module):
         self.max_gate = max_gate
         self.form = form
 
-        hidden = max(32, width // 4)
+        hidden = max(16, width // 4)
         window = kernel_size**2
-        self.from_deep = nn.Sequential(LayerNorm2d(width), nn.Conv2d(width, hidden, kernel_size=1))
+        self.from_deep = nn.Conv2d(width, hidden, kernel_size=1)
         self.from_local = None if local_width is None else nn.Conv2d(local_width, hidden, kernel_size=1)
         self.mix = nn.Conv2d(hidden, hidden, kernel_size=3, padding=1, groups=hidden)
         # Zero at the start, so that what is added to bilinear weights and to the gate's bias is learned from nothing.

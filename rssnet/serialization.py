@@ -94,7 +94,7 @@ def _locate(source: str) -> tuple[AbstractFileSystem, str]:
         return files, root
     try:
         return fsspec.filesystem("file"), snapshot_download(source, allow_patterns=[CONFIG, WEIGHTS, CLASSES])
-    except Exception as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"{source!r} is no folder here, and the Hugging Face hub did not give it: "
             f"{error}. Give a folder, a URL or owner/name."
