@@ -46,8 +46,8 @@ def connected() -> Iterator[None]:
             object_store_memory=LOCAL_OBJECT_STORE_BYTES,
             **quiet,
         )
-    for name in ("ray.train", "ray.tune"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # the stages announce what they do themselves
+    for name in ("ray.train", "ray.tune", "ray.air"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # the stages say what they do and what went wrong
     try:
         yield
     finally:

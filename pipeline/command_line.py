@@ -3,15 +3,17 @@
 Exit code 0 means done, 1 a failure with one clear line, 2 a wrong call, 130 an interruption.
 """
 
-import json
+import copy
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from pipeline import storage
 from pipeline.errors import PipelineError, mendable_cause
 
 
@@ -41,8 +43,48 @@ def parse(parser: ArgumentParser, config_class: type, arguments: Sequence[str] |
     Raises:
         WrongCall: for everything that cannot be understood.
     """
+    return _instance(parser, config_class, lambda: parser.parse_args(arguments))
+
+
+def read_yaml(url: str) -> dict[str, Any]:
+    """The YAML document at a URL or path.
+
+    Raises:
+        WrongCall: if there is none, or it is not a mapping.
+    """
     try:
-        values = parser.parse_args(arguments)
+        document = yaml.safe_load(storage.read_bytes(url))
+    except (FileNotFoundError, yaml.YAMLError) as error:
+        raise WrongCall(f"The configuration {url} cannot be read: {error}.") from error
+    if not isinstance(document, dict):
+        raise WrongCall(f"The configuration {url} is not a mapping of fields to values.")
+    return document
+
+
+def load(config_class: type, document: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
+    """The configuration that a YAML document describes, with some fields set.
+
+    Args:
+        document: nested, as `read_yaml` returns it; empty for the defaults.
+        values: by dotted name, e.g. `optimizer.lr`.
+
+    Raises:
+        WrongCall: if a field or a value cannot be understood.
+    """
+    nested = copy.deepcopy(dict(document))
+    for name, value in values.items():
+        *parents, field = name.split(".")
+        inner = nested
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[field] = value
+    parser = parser_for(config_class, environment=False)
+    return _instance(parser, config_class, lambda: parser.parse_object(nested))
+
+
+def _instance(parser: ArgumentParser, config_class: type, parsed: Callable[[], Any]) -> Any:
+    try:
+        values = parsed()
     except WrongCall:
         raise
     except Exception as error:  # what a store's client raises for --config URL has many classes
@@ -53,22 +95,6 @@ def parse(parser: ArgumentParser, config_class: type, arguments: Sequence[str] |
         return config_class(**fields)
     except ValueError as error:  # a dataclass that checks its own values
         raise WrongCall(str(error)) from error
-
-
-def load(config_class: type, path: str, values: Mapping[str, Any]) -> Any:
-    """The configuration in a YAML file or URL, with some fields set.
-
-    Args:
-        path: empty for the defaults.
-        values: by dotted name, e.g. `optimizer.lr`.
-
-    Raises:
-        WrongCall: if the file or a value cannot be understood.
-    """
-    arguments = [f"--config={path}"] if path else []
-    for name, value in values.items():
-        arguments.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
-    return parse(parser_for(config_class, environment=False), config_class, arguments)
 
 
 def run_workflow(

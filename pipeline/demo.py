@@ -11,8 +11,8 @@ from pipeline.local_s3 import LocalS3
 from pipeline.masks import read_masks
 from pipeline.prediction import InferenceConfig
 from pipeline.progress import announce
+from pipeline.report import FILE_NAME
 from pipeline.run_record import RunRecord
-from pipeline.run_report import REPORT_FILE
 from pipeline.street_scenes import write_street_scenes
 
 SCENES = {"train": 160, "val": 32, "photos": 48}
@@ -46,10 +46,11 @@ def demo(data: str, output: str) -> None:
             root=f"s3://{bucket}/results",
             inference=InferenceConfig(stride=(168, 224)),
             cpus_per_worker=1.5,
+            mirror=str(server.folder),
         )
         records = end_to_end(config, after_stage=server.save)
         report = folder / f"{bucket}-report.html"
-        report.write_bytes(storage.read_bytes(storage.join(config.root, "report", REPORT_FILE)))
+        report.write_bytes(storage.read_bytes(storage.join(config.root, "report", FILE_NAME)))
         _last_screen(config, records, report, server.folder / bucket, time.monotonic() - begun)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from pipeline import storage
 from pipeline.cluster import connected
-from pipeline.command_line import load
+from pipeline.command_line import load, read_yaml
 from pipeline.evaluation import EvaluateConfig, evaluate
 from pipeline.ingest import IngestConfig, ingest
 from pipeline.prediction import InferenceConfig
@@ -39,6 +39,7 @@ class EndToEndConfig:
         workers: processes that hold a model each, in evaluate and segment.
         use_gpu: give each of them a GPU.
         cpus_per_worker: CPUs, and threads, for each of them.
+        mirror: local folder that keeps the buckets, where the S3 server is the run's own; the report then says so.
     """
 
     source: str
@@ -51,6 +52,7 @@ class EndToEndConfig:
     workers: int = 1
     use_gpu: bool = False
     cpus_per_worker: float = 1.0
+    mirror: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,20 +105,20 @@ def _stages(config: EndToEndConfig) -> list[_Stage]:
 
     def do_train(new: bool) -> RunRecord:
         values = {"dataset": places["ingest"], "run": places["train"], "new": new}
-        return train(load(TrainConfig, config.train, values))
+        return train(load(TrainConfig, read_yaml(config.train), values))
 
     def do_evaluate(new: bool) -> RunRecord:
         return evaluate(EvaluateConfig(model, places["ingest"], places["evaluate"], new=new, **shared))
 
     def do_sweep(new: bool) -> RunRecord:
         values = {"dataset": places["ingest"], "run": places["sweep"], "new": new}
-        return sweep(load(SweepConfig, config.sweep, values))
+        return sweep(load(SweepConfig, read_yaml(config.sweep), values))
 
     def do_segment(new: bool) -> RunRecord:
         return segment(SegmentConfig(model, config.photos, places["segment"], new=new, **shared))
 
     def do_report(new: bool) -> RunRecord:
-        return report(ReportConfig(config.root, config.photos, places["report"], new=new))
+        return report(ReportConfig(config.root, places["report"], config.mirror, new=new))
 
     work = {
         "ingest": do_ingest,

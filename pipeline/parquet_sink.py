@@ -104,6 +104,6 @@ def write_table(url: str, table: pa.Table) -> None:
     binary = {
         name for name, kind in zip(table.schema.names, table.schema.types, strict=True) if pa.types.is_binary(kind)
     }
-    compression = {name: "NONE" if name in binary else "ZSTD" for name in table.schema.names}
-    pq.write_table(table, buffer, row_group_size=ROW_GROUP_ROWS, write_page_index=True, **{"compression": compression})
+    options: Any = {"compression": {name: "NONE" if name in binary else "ZSTD" for name in table.schema.names}}
+    pq.write_table(table, buffer, row_group_size=ROW_GROUP_ROWS, write_page_index=True, **options)
     storage.write_bytes(url, buffer.getvalue().to_pybytes())

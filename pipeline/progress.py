@@ -73,7 +73,7 @@ class Progress(AbstractContextManager["Progress"]):
 
     def __init__(self, title: str, total: int, unit: str) -> None:
         self.title, self.total, self.unit = title, total, unit
-        self._board = ray.remote(_Board).options(num_cpus=0).remote()
+        self._board: Any = ray.remote(num_cpus=0)(_Board).remote()
         self.reporter = Reporter(self._board)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._show, name=f"progress-{title}", daemon=True)

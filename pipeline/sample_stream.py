@@ -1,8 +1,9 @@
 """The endless, reproducible stream of training samples of one worker, decoded and augmented on Ray Data tasks.
 
-The row groups of the dataset, in another order each epoch, make one endless sequence; worker `r` of `n` takes every n-th
-of it, beginning with the r-th. So each epoch reads each byte once, no sample is dropped or doubled to make shards equal,
-and what a worker sees is fixed by seed, world size and position alone: a resumed run goes on with the very next sample.
+The row groups of the dataset, in another order each epoch, make one endless sequence; worker `r` of `n` takes every
+n-th of it, beginning with the r-th. So each epoch reads each byte once, no sample is dropped or doubled to make shards
+equal, and what a worker sees is fixed by seed, world size and position alone: a resumed run goes on with the very next
+sample.
 """
 
 import zlib
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import ray.data
@@ -77,7 +78,8 @@ def sample_batches(
     source = _SampleSource(windows, augmentation, seed, batch_size)
     stream = ray.data.read_datasource(source, num_cpus=TASK_CPUS, override_num_blocks=len(windows))
     stream.context.execution_options.preserve_order = True
-    yield from stream.iter_batches(batch_size=batch_size, drop_last=True, prefetch_batches=2)
+    for batch in stream.iter_batches(batch_size=batch_size, drop_last=True, prefetch_batches=2):
+        yield cast(dict[str, np.ndarray], batch)
 
 
 def _worker_sequence(chunks: list[Chunk], seed: int, shard: tuple[int, int]) -> Iterator[tuple[int, Chunk]]:
@@ -115,9 +117,7 @@ class _SampleSource(Datasource):
         height, width = self.augmentation.crop_size
         return sum(window.samples for window in self.windows) * height * width * 4
 
-    def get_read_tasks(
-        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
-    ) -> list[ReadTask]:
+    def get_read_tasks(self, *_: Any, **__: Any) -> list[ReadTask]:
         """Ray's interface: what each task runs."""
         return [self._task(window) for window in self.windows]
 

@@ -18,7 +18,7 @@ class SearchSpace:
     """A checked search space over a base configuration.
 
     Args:
-        base: YAML file or URL of a training configuration; empty for the defaults.
+        base: a training configuration as its YAML document says it; empty for the defaults.
         fixed: values that all trials share, by dotted field name.
         ranges: what is searched, by dotted field name: `{choice: [...]}`, `{uniform: [low, high]}`,
             `{loguniform: [low, high]}` or `{randint: [low, high]}`, the last without its upper end.
@@ -27,7 +27,7 @@ class SearchSpace:
         WrongCall: naming the field that is unknown, or whose range is empty, reversed or of the wrong type.
     """
 
-    base: str
+    base: Mapping[str, Any]
     fixed: Mapping[str, Any]
     ranges: Mapping[str, Mapping[str, list[Any]]]
 
@@ -45,7 +45,7 @@ class SearchSpace:
         for name, described in self.ranges.items():
             if not _contains(described, default[name]):
                 raise WrongCall(
-                    f"The range of {name} leaves out the recipe's own value {default[name]!r}, which trial 0 has to try: "
+                    f"The range of {name} leaves out the recipe's own value {default[name]!r}, which trial 0 tries: "
                     "widen it, or set another value in the base configuration."
                 )
 

@@ -1,10 +1,13 @@
 """Hyperparameter search with Ray Tune: each trial is a full Ray Train run, the best becomes `best.yaml`."""
 
 import dataclasses
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import optuna
 import pyarrow as pa
 import ray
 import yaml
@@ -17,6 +20,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from pipeline import dataset, storage
 from pipeline.cluster import connected
+from pipeline.command_line import read_yaml
 from pipeline.errors import PipelineError, mendable_cause
 from pipeline.parquet_sink import write_table
 from pipeline.progress import Progress, Reporter, announce
@@ -106,10 +110,11 @@ def sweep(config: SweepConfig) -> RunRecord:
     config = dataclasses.replace(config, dataset=storage.absolute(config.dataset), run=storage.absolute(config.run))
     if config.trials < 1:
         raise PipelineError(f"trials is {config.trials}: give 1 or more.")
-    space = SearchSpace(config.base, config.fixed, config.space)
+    base = read_yaml(config.base) if config.base else {}
+    space = SearchSpace(base, config.fixed, config.space)
     data = dataset.open(config.dataset)
     default = completed(space.config(config.dataset, config.run, {}), data)
-    inputs = {"dataset": data.info.fingerprint}
+    inputs = {"dataset": data.info.fingerprint, "base": json.dumps(base, sort_keys=True)}
     if not config.new:
         finished = finished_record(config.run, "sweep", config, inputs)
         if finished:
@@ -137,6 +142,7 @@ def _tuner(config: SweepConfig, space: SearchSpace, iterations: int, reporter: R
     first = [space.default()]
     search: Any
     if config.searcher == "optuna":
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
         search = OptunaSearch(seed=config.seed, points_to_evaluate=first)
     else:
         search = BasicVariantGenerator(random_state=config.seed, points_to_evaluate=first)
@@ -144,6 +150,7 @@ def _tuner(config: SweepConfig, space: SearchSpace, iterations: int, reporter: R
     if config.scheduler == "asha":
         grace = min(config.grace_iterations, iterations)
         scheduler = ASHAScheduler(time_attr="iteration", max_t=iterations, grace_period=grace, reduction_factor=3)
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the newer output of ray 2.60 prints trials' tracebacks even when silent
     trial = tune.with_parameters(_run_trial, job=(config, space, reporter))
     return tune.Tuner(
         tune.with_resources(trial, {"CPU": DRIVER_CPUS}),
@@ -193,7 +200,8 @@ class _ReportEvaluations(TuneReportCallback):
 
 def _trials(grid: tune.ResultGrid) -> list[Trial]:
     trials = []
-    for number, result in enumerate(grid):
+    for number in range(len(grid)):
+        result = grid[number]
         metrics: Mapping[str, Any] = result.metrics or {}
         parameters = yaml.safe_dump(dict(result.config or {}), default_flow_style=True, width=10_000).strip()
         error = None

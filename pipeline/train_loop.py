@@ -111,7 +111,7 @@ class _Training:
     def _log(self, losses: dict[str, torch.Tensor], started: float, first: int) -> None:
         if self.rank or (self.iteration % LOG_EVERY and self.iteration != 1):
             return
-        loss, lr = float(losses["loss"]), self.schedule.get_last_lr()[-1]
+        loss, lr = float(losses["loss"]), float(self.schedule.get_last_lr()[-1])
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at iteration {self.iteration}")
         rate = (self.iteration - first) * self.config.batch_size / (time.monotonic() - started)
@@ -126,7 +126,7 @@ class _Training:
             self._evaluate()
         if not (evaluate or checkpoint):
             return
-        metrics = {"iteration": self.iteration, "loss": float(losses["loss"]), "evaluated": evaluate}
+        metrics: dict[str, float] = {"iteration": self.iteration, "loss": float(losses["loss"]), "evaluated": evaluate}
         if self.history["validation"]:
             metrics |= {name: self.history["validation"][-1][name] for name in ("miou", "macc", "aacc")}
         with tempfile.TemporaryDirectory() as folder:
@@ -148,7 +148,12 @@ class _Training:
             torch.distributed.all_reduce(counts)
         scores = ConfusionMatrix(len(self.data.classes), counts=counts.cpu()).scores()
         self.history["validation"].append(
-            {"iteration": self.iteration, "miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc}
+            {
+                "iteration": self.iteration,
+                "miou": float(scores.miou),
+                "macc": float(scores.macc),
+                "aacc": float(scores.aacc),
+            }
         )
 
     def _save(self, folder: Path) -> None:

@@ -82,13 +82,14 @@ class Augmentation:
             padding = [0, 0, right, below]
             picture = functional.pad(picture, padding, fill=list(self.fill))
             mask = functional.pad(mask[None], padding, fill=IGNORE_LABEL)[0]
-        for attempt in range(CROP_ATTEMPTS):
+        attempts = 0
+        while True:
             top = int(torch.randint(picture.shape[-2] - height + 1, ()))
             left = int(torch.randint(picture.shape[-1] - width + 1, ()))
             crop = mask[top : top + height, left : left + width]
-            if attempt == CROP_ATTEMPTS - 1 or self._is_varied(crop):
-                break
-        return picture[:, top : top + height, left : left + width], crop
+            attempts += 1
+            if attempts == CROP_ATTEMPTS or self._is_varied(crop):
+                return picture[:, top : top + height, left : left + width], crop
 
     def _is_varied(self, crop: torch.Tensor) -> bool:
         counts = torch.bincount(crop[crop != IGNORE_LABEL].flatten().long())

@@ -1,4 +1,4 @@
-"""What tests share: one Ray and one local S3 server for the whole session, and the CamVid photographs if they are here."""
+"""What tests share: one Ray and one local S3 server for the session, and the CamVid photographs if they are here."""
 
 import os
 from collections.abc import Iterator
