@@ -53,7 +53,8 @@ class Predictor:
         model: an RSSNet, on the device to use; gives `config.image_size`, `pixel_mean` and `pixel_std`.
         crop_size: (height, width) of the windows in pixels; the model's image size when not given.
         stride: (vertical, horizontal) pixels between windows, at most the crop; two thirds of the crop when not given.
-            Rounded down to a multiple of 4 pixels, so that the cells of overlapping windows coincide.
+            Rounded down to a multiple of 4 pixels, so that the cells of overlapping windows coincide (patches of 14 at
+            crops that 28 doesn't divide have cells of a little more than 4 pixels; theirs are interpolated).
         window_batch: windows per forward pass.
         scales: factors that the image is scaled by; probabilities are averaged over them.
         flip: whether each window is also seen mirrored left to right.
@@ -99,7 +100,7 @@ class Predictor:
         """Segments images.
 
         Args:
-            images: uint8 tensors (3, H, W) of any sizes, RGB, on any device; a uint8 batch (B, 3, H, W) will do.
+            images: uint8 tensors (3, H, W) of any sizes, RGB, on any device.
 
         Returns:
             One prediction per image, in order.
@@ -126,7 +127,7 @@ class Predictor:
 
     def _forward(self, pixels: Tensor) -> Tensor:
         autocast = self.dtype not in (None, torch.float32)
-        with torch.autocast(pixels.device.type, dtype=self.dtype, enabled=autocast):
+        with torch.autocast(pixels.device.type, dtype=self.dtype if autocast else None, enabled=autocast):
             logits = self.model(pixels).logits
         return logits.float()
 
@@ -179,6 +180,8 @@ class _ImageJob:
         # A class map is made from top to bottom, whatever the scale.
         self.windows.sort(key=lambda window: self._scales[window.scale][0].to_image(window.top))
         self._views = len(predictor.scales) * (1 + predictor.flip)
+        # One look at the unscaled image: nothing is to be averaged.
+        self._one_look = len(self.windows) == 1 and all(axis.size == axis.scaled_size for axis in self._scales[0])
         self._pending = len(self.windows)
         self._class_map: ClassMap | None = None
         self._shares: list[list[dict[int, Share]]] = []
@@ -204,7 +207,7 @@ class _ImageJob:
         """Takes what the model said of a window, logits (K, h, w); windows come in the order of `windows`."""
         if window.mirrored:
             logits = logits.flip(-1)
-        if len(self.windows) == 1:
+        if self._one_look:
             full = F.interpolate(logits[None], size=self._predictor.crop_size, mode="bilinear", align_corners=False)
             self._finish(*most_probable(full[0, :, : self._size[0], : self._size[1]]))
             return

@@ -218,6 +218,8 @@ def reference_probabilities(model, image, crop, stride, scales, flip):
         ((61, 50), (32, 32), (16, 21), (0.5, 1.0, 1.75), True),
         ((45, 66), (64, 64), (42, 42), (0.75, 1.5), False),  # smaller than the crop at one scale only
         ((40, 40), (64, 64), (42, 42), (1.0,), True),
+        ((90, 70), (64, 64), (42, 42), (0.5,), False),  # one window, but of a scaled image
+        ((20, 30), (64, 64), (42, 42), (2.0,), False),
         ((22, 31), (16, 16), (3, 5), (1.3,), False),
     ],
 )
@@ -328,7 +330,10 @@ class Spy(CellByCell):
         return output
 
 
-@pytest.mark.parametrize(("dtype", "inside"), [(None, torch.float32), (torch.bfloat16, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("dtype", "inside"), [(None, torch.float32), (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)]
+)
+@pytest.mark.filterwarnings("error")
 def test_dtype_is_autocast_and_the_weights_stay(dtype, inside):
     model = Spy()
     image = image_of(90, 90)
@@ -354,12 +359,9 @@ def test_every_module_is_left_in_the_mode_it_was_in():
     assert [module.training for module in model.modules()] == modes
 
 
-def test_no_images_give_no_predictions_and_a_batch_is_a_list():
+def test_no_images_give_no_predictions():
     model = CellByCell()
     assert Predictor(model)([]) == []
-    batch = torch.stack([image_of(50, 70, seed) for seed in range(2)])
-    for prediction, image in zip(Predictor(model)(list(batch)), batch, strict=True):
-        assert torch.equal(prediction.class_map, Predictor(model)([image])[0].class_map)
 
 
 MEASURE_MEMORY = """
