@@ -1,0 +1,49 @@
+"""The durable run: what is finished is skipped, and what depends on something newer is made again."""
+
+import pytest
+
+from pipeline import storage
+from pipeline.end_to_end import STAGES, EndToEndConfig, end_to_end
+from pipeline.errors import PipelineError
+from tests.workflows.conftest import TinyChain
+
+pytestmark = pytest.mark.slow
+
+
+def test_finished_stages_are_skipped_and_a_deleted_one_runs_again_with_those_after_it(
+    tiny: TinyChain,
+    ray_cluster: None,  # noqa: ARG001
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = EndToEndConfig(tiny.labelled, tiny.photos, "s3://test/end-to-end", train=tiny.train, sweep=tiny.sweep)
+    first = end_to_end(config)
+    assert list(first) == list(STAGES)
+    assert all(record.outcome == "done" for record in first.values())
+    page = storage.read_bytes("s3://test/end-to-end/report/report.html").decode()
+    assert "mIoU" in page
+
+    capsys.readouterr()
+    again = end_to_end(config)
+    assert {name: record.run_id for name, record in again.items()} == {
+        name: record.run_id for name, record in first.items()
+    }
+    said = capsys.readouterr().out
+    for stage in ("ingested", "trained", "evaluated", "swept", "reported"):
+        assert f"already {stage}" in said
+    assert "[3/6] evaluate" in said
+
+    storage.delete("s3://test/end-to-end/evaluate")
+    third = end_to_end(config)
+    rerun = [name for name in STAGES if third[name].run_id != first[name].run_id]
+    assert rerun == ["evaluate", "sweep", "segment", "report"]
+
+
+def test_a_run_that_fails_names_the_reason_and_keeps_what_is_finished(
+    tiny: TinyChain,
+    ray_cluster: None,  # noqa: ARG001
+) -> None:
+    config = EndToEndConfig(tiny.labelled, "s3://no-such-bucket/photos", "s3://test/fails", train=tiny.train)
+    with pytest.raises(PipelineError, match="sweep|no bucket named no-such-bucket"):
+        end_to_end(EndToEndConfig(**{**vars(config), "sweep": "workflows/presets/none.yaml"}))
+    assert storage.exists("s3://test/fails/train/model/model.safetensors")
+    assert not storage.exists("s3://test/fails/sweep/run.json")

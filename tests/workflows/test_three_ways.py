@@ -1,0 +1,164 @@
+"""Each workflow does the same job directly, under `ray job submit` with token authentication, and from Python."""
+
+import contextlib
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import dataset, storage
+from pipeline.command_line import load, read_yaml
+from pipeline.evaluation import EvaluateConfig, evaluate
+from pipeline.ingest import IngestConfig, ingest
+from pipeline.masks import decode, read_masks
+from pipeline.run_record import read_record
+from pipeline.segmentation import SegmentConfig, segment
+from pipeline.sweep import SweepConfig, sweep
+from pipeline.training import TrainConfig, train
+from tests.workflows.conftest import ROOT, Run, TinyChain, chain_commands
+
+pytestmark = pytest.mark.slow
+
+
+def assert_chain_is_there(tiny: TinyChain, root: str) -> None:
+    """Every stage's output is on its contract."""
+    for place in ("dataset", "run", "run/eval", "sweep", "masks"):
+        record = read_record(f"{root}/{place}")
+        assert record is not None, place
+        assert (record.outcome, record.error) == ("done", None), place
+    data = dataset.open(f"{root}/dataset")
+    assert {name: split.rows for name, split in data.info.splits.items()} == {"train": 12, "val": 4}
+    scores = storage.read_json(f"{root}/run/eval/scores.json")
+    assert scores["images"] == 4
+    assert 0 <= scores["miou"] <= 1
+    best = read_yaml(f"{root}/sweep/best.yaml")
+    assert load(TrainConfig, best, {"run": "elsewhere"}).iterations == 2
+    filesystem, path = storage.arrow_filesystem(f"{root}/sweep/trials.parquet")
+    trials = pq.read_table(path, filesystem=filesystem).to_pylist()
+    assert [trial["trial"] for trial in trials] == [0, 1]
+    assert "0.001" in trials[0]["parameters"], "trial 0 is the recipe as it stands"
+    rows = read_masks(f"{root}/masks").to_pylist()
+    assert len(rows) == tiny.photographs
+    for row in rows:
+        assert row["status"] == "ok"
+        assert decode(row).shape == (row["height"], row["width"])
+
+
+def test_directly(tiny: TinyChain, run_script: Run) -> None:
+    root = "s3://test/directly"
+    for workflow, arguments in chain_commands(tiny, root).items():
+        finished = run_script(workflow, *arguments)
+        assert finished.code == 0, f"{workflow}: {finished.errors}"
+    assert_chain_is_there(tiny, root)
+    again = run_script("train", *chain_commands(tiny, root)["train"])
+    assert again.code == 0
+    assert again.output.startswith("already trained")
+
+
+def test_from_python(tiny: TinyChain, ray_cluster: None) -> None:  # noqa: ARG001
+    root = "s3://test/from-python"
+    data, run, model = f"{root}/dataset", f"{root}/run", f"{root}/run/model"
+    assert ingest(IngestConfig(tiny.labelled, data)).counts == {"in": 16, "out": 16, "rejected": 0}
+    train(load(TrainConfig, read_yaml(tiny.train), {"dataset": data, "run": run}))
+    evaluate(EvaluateConfig(model, data, f"{run}/eval"))
+    sweep(load(SweepConfig, read_yaml(tiny.sweep), {"dataset": data, "run": f"{root}/sweep"}))
+    segment(SegmentConfig(model, tiny.photos, f"{root}/masks"))
+    assert_chain_is_there(tiny, root)
+
+
+def test_under_ray_job_submit(tiny: TinyChain, head: "Head") -> None:
+    root = "s3://test/job-submit"
+    for workflow, arguments in chain_commands(tiny, root).items():
+        finished = head.submit("python", f"workflows/{workflow}.py", *arguments)
+        assert finished.returncode == 0, f"{workflow}: {finished.stdout[-3000:]}{finished.stderr[-1000:]}"
+    assert_chain_is_there(tiny, root)
+
+
+def test_a_failing_job_says_why_and_fails(tiny: TinyChain, head: "Head") -> None:
+    arguments = chain_commands(tiny, "s3://test/failing")["train"]
+    finished = head.submit("python", "workflows/train.py", *arguments)
+    assert finished.returncode == 1
+    assert "error: There is no finished dataset at s3://test/failing/dataset" in finished.stdout
+
+
+def test_a_job_without_the_token_is_refused(head: "Head") -> None:
+    finished = head.submit("true", token="0" * 64)
+    assert finished.returncode != 0
+    assert "token" in (finished.stdout + finished.stderr).lower()
+
+
+class Head:
+    """A Ray head node of its own, with token authentication."""
+
+    def __init__(self, home: Path) -> None:
+        self.token, self.home = secrets.token_hex(32), home
+        self.port = _free_port()
+        self.environment = {
+            **os.environ,
+            "HOME": str(home),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": self.token,
+            "PYTHONUNBUFFERED": "1",
+        }
+        self.environment.pop("RAY_ADDRESS", None)
+        self.address = f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> subprocess.Popen[bytes]:
+        ports = {
+            "--port": _free_port(),
+            "--dashboard-port": self.port,
+            "--ray-client-server-port": _free_port(),
+            "--dashboard-agent-listen-port": _free_port(),
+        }
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2"]
+        command += [f"{name}={port}" for name, port in ports.items()]
+        command += ["--dashboard-host=127.0.0.1", f"--object-store-memory={300 * 2**20}", "--disable-usage-stats"]
+        log = (self.home / "head.log").open("wb")
+        return subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
+
+    def wait(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            request = urllib.request.Request(f"{self.address}/api/version")
+            request.add_header("Authorization", f"Bearer {self.token}")
+            with contextlib.suppress(urllib.error.URLError, ConnectionError):
+                urllib.request.urlopen(request, timeout=5).read()
+                return
+            time.sleep(0.5)
+        raise AssertionError(f"no head after {seconds} s: {(self.home / 'head.log').read_text()[-3000:]}")
+
+    def submit(self, *entrypoint: str, token: str | None = None) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", self.address]
+        command += ["--working-dir", ".", "--", *entrypoint]
+        environment = {**self.environment, "RAY_AUTH_TOKEN": token or self.token}
+        return subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False
+        )
+
+
+@pytest.fixture(scope="module")
+def head(s3: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:  # noqa: ARG001
+    """A running head; its processes are ended by their own parent, no other Ray on the machine is touched."""
+    node = Head(tmp_path_factory.mktemp("home"))
+    process = node.start()
+    try:
+        node.wait(120)
+        yield node
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
