@@ -246,6 +246,7 @@ class Backbone(nn.Module):
             ValueError: the model cannot run at its image size, or its maps are not what timm says of them.
         """
         name, (height, width) = self.layout.name, self.image_size
+        body.eval()  # batch norm would refuse one image
         try:
             maps = self._maps(body, torch.empty(1, 3, height, width, device="meta"))
         except Exception as error:

@@ -95,8 +95,9 @@ def _load(body: Any, overlay: dict[str, Any], source: str) -> WeightsReport:
             strict=False,
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        reason = "; ".join(line.strip(" \t.:") for line in str(error).splitlines()[:3])
         raise ValueError(
-            f"Pre-trained weights of {architecture} could not be loaded from {source}: {error} Give a file, a URL or "
+            f"Pre-trained weights of {architecture} could not be loaded from {source}: {reason}. Give a file, a URL or "
             f"{_HUB_PREFIX}owner/name that holds weights of {architecture}, or set pretrained to false."
         ) from error
     finally:
