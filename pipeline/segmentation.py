@@ -15,6 +15,7 @@ import dataclasses
 import fnmatch
 import hashlib
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -283,8 +284,14 @@ class Segmenter(PredictorActor):
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = batch.drop_columns("pixels").to_pylist()
         readable = [index for index, row in enumerate(rows) if row["status"] == masks.OK]
+        if readable:
+            self._segment(rows, readable, batch["pixels"])
+        return pa.Table.from_pylist(rows, schema=CLASS_MAPS)
+
+    def _segment(self, rows: list[dict[str, Any]], readable: list[int], pixels: pa.ChunkedArray) -> None:
+        """Add class map and confidence to the rows that have pixels."""
         images = [
-            torch.frombuffer(bytearray(batch["pixels"][index].as_buffer()), dtype=torch.uint8)
+            torch.frombuffer(bytearray(pixels[index].as_buffer()), dtype=torch.uint8)
             .view(rows[index]["height"], rows[index]["width"], 3)
             .permute(2, 0, 1)  # (3, H, W)
             for index in readable
@@ -293,4 +300,3 @@ class Segmenter(PredictorActor):
         for index, prediction in zip(readable, self.predictor(images), strict=True):
             rows[index]["class_map"] = prediction.class_map.numpy().astype(dtype).tobytes()
             rows[index]["confidence"] = prediction.confidence.mean().item()
-        return pa.Table.from_pylist(rows, schema=CLASS_MAPS)

@@ -1,0 +1,181 @@
+"""What a score is: the exact sum over every labelled image of a split, however it was distributed."""
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from pipeline import dataset, storage
+from pipeline.errors import PipelineError
+from pipeline.evaluation import EvaluateConfig, confusion_matrix, evaluate
+from pipeline.images import decode_label, decode_photograph, encode_png
+from pipeline.parquet_sink import write_table
+from pipeline.prediction import InferenceConfig, load_predictor
+from rssnet.classes import Classes
+
+NUM_CLASSES = 6
+IMAGES = 7
+
+
+def _row(number: int) -> dict[str, object]:
+    """A photograph of its own size with a label in which the last class is nowhere and a border is ignored."""
+    height, width = 40 + 7 * number, 90 - 5 * number
+    random = np.random.default_rng(number)
+    buffer = io.BytesIO()
+    Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(buffer, "PNG")
+    label = random.integers(0, NUM_CLASSES - 1, (height, width), dtype=np.uint8)
+    label[:3] = dataset.IGNORE_LABEL
+    return {
+        "image_id": f"val/{number}",
+        "image": buffer.getvalue(),
+        "label": encode_png(label),
+        "height": height,
+        "width": width,
+        "source_uri": f"{number}.png",
+    }
+
+
+def _write_dataset(url: str, classes: Classes) -> str:
+    """A dataset whose split `val` has seven images in two files, and whose split `test` has no labels."""
+    rows = [_row(number) for number in range(IMAGES)]
+    unlabelled = [{**rows[0], "image_id": "test/0", "label": None}]
+    files = {"val/part-a.parquet": rows[:5], "val/part-b.parquet": rows[5:], "test/part-a.parquet": unlabelled}
+    for path, part in files.items():
+        write_table(storage.join(url, path), pa.Table.from_pylist(part, schema=dataset.SCHEMA))
+    splits = {
+        name: dataset.SplitInfo(rows, labelled, [0] * len(classes), {p: len(f) for p, f in files.items() if name in p})
+        for name, rows, labelled in (("val", IMAGES, IMAGES), ("test", 1, 0))
+    }
+    palette = [list(colour) for colour in classes.palette]
+    info = dataset.DatasetInfo(list(classes.names), palette, splits, 0, "here", "folders", fingerprint="1")
+    dataset.write_info(url, info)
+    return url
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return _write_dataset(str(tmp_path_factory.mktemp("dataset")), Classes.default(NUM_CLASSES))
+
+
+@pytest.fixture(scope="module")
+def evaluated(
+    ray_cluster: None,  # noqa: ARG001
+    tiny_model: str,
+    data: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> EvaluateConfig:
+    out = str(tmp_path_factory.mktemp("evaluated"))
+    config = EvaluateConfig(tiny_model, data, out, workers=2, cpus_per_worker=0.5, batch_size=2)
+    evaluate(config)
+    return config
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model: str, data: str) -> dict[str, np.ndarray]:
+    """The (K, K) counts of each image, rows the truth, by a loop over the pixels' classes in this process."""
+    predictor = load_predictor(tiny_model, InferenceConfig())
+    counts = {}
+    for row in dataset.open(data).rows("val"):
+        pixels = torch.tensor(decode_photograph(row["image"])).permute(2, 0, 1)
+        (prediction,) = predictor([pixels])
+        label, class_map = decode_label(row["label"]), prediction.class_map.numpy()
+        image_counts = np.zeros((NUM_CLASSES, NUM_CLASSES), np.int64)
+        for truth in range(NUM_CLASSES):
+            for predicted in range(NUM_CLASSES):
+                image_counts[truth, predicted] = ((label == truth) & (class_map == predicted)).sum()
+        counts[row["image_id"]] = image_counts
+    return counts
+
+
+def _miou(counts: np.ndarray) -> float:
+    hits = counts.diagonal()
+    unions = counts.sum(0) + counts.sum(1) - hits
+    return float(np.mean(hits[unions > 0] / unions[unions > 0]))
+
+
+def _read(config: EvaluateConfig, name: str) -> dict:
+    return json.loads(Path(config.out, name).read_text())
+
+
+def test_two_workers_count_what_one_process_counts(evaluated, expected):
+    counts = np.array(_read(evaluated, "confusion.json")["counts"])
+    total = np.sum(list(expected.values()), axis=0)
+    assert (counts.sum(0) > 0).sum() > 2
+    np.testing.assert_array_equal(counts.sum(1), total.sum(1))
+    # Windows share batches with those of other images, which may tip a tie between classes.
+    assert np.abs(counts - total).sum() <= 0.002 * total.sum()
+
+
+def test_scores_follow_from_the_counts(evaluated):
+    scores, confusion = _read(evaluated, "scores.json"), _read(evaluated, "confusion.json")
+    counts = np.array(confusion["counts"])
+    assert scores["miou"] == pytest.approx(_miou(counts))
+    assert scores["aacc"] == pytest.approx(counts.trace() / counts.sum())
+    assert (scores["images"], scores["pixels"]) == (IMAGES, counts.sum())
+    assert [row["name"] for row in scores["classes"]] == confusion["names"] == list(Classes.default(NUM_CLASSES).names)
+    assert [row["pixels"] for row in scores["classes"]] == counts.sum(1).tolist()
+    absent = scores["classes"][NUM_CLASSES - 1]
+    assert (absent["pixels"], absent["acc"]) == (0, None)
+
+
+def test_each_image_has_a_score_of_its_own(evaluated, expected):
+    images = pq.read_table(Path(evaluated.out, "images.parquet")).to_pylist()
+    assert [image["image_id"] for image in images] == sorted(expected)
+    for image in images:
+        counts = expected[image["image_id"]]
+        assert image["pixels"] == counts.sum()
+        assert image["aacc"] == pytest.approx(counts.trace() / counts.sum(), abs=0.005)
+        assert image["miou"] == pytest.approx(_miou(counts), abs=0.005)
+
+
+def test_confusion_matrix_is_the_same_whatever_the_batches(tiny_model, data, expected):
+    predictor = load_predictor(tiny_model, InferenceConfig(window_batch=1))
+    rows = dataset.open(data).rows("val")
+    counts = confusion_matrix(predictor, rows, NUM_CLASSES, batch_size=3).counts.numpy()
+    total = np.sum(list(expected.values()), axis=0)
+    np.testing.assert_array_equal(counts.sum(1), total.sum(1))
+    assert np.abs(counts - total).sum() <= 0.002 * total.sum()
+
+
+def test_a_second_evaluation_writes_nothing(evaluated, capsys):
+    before = {item.url: item.version for item in storage.list_objects(evaluated.out)}
+    evaluate(dataclasses.replace(evaluated, workers=1))
+    assert "already evaluated" in capsys.readouterr().out
+    assert {item.url: item.version for item in storage.list_objects(evaluated.out)} == before
+
+
+def test_another_split_at_the_same_place_is_refused(evaluated, tmp_path):
+    other = _write_dataset(str(tmp_path), Classes.default(NUM_CLASSES))
+    with pytest.raises(PipelineError, match=r"of another configuration .*dataset.*--new true"):
+        evaluate(dataclasses.replace(evaluated, dataset=other))
+
+
+def test_what_cannot_be_evaluated_gets_one_sentence(tiny_model, data, tmp_path):
+    config = EvaluateConfig(tiny_model, data, str(tmp_path / "out"))
+    with pytest.raises(PipelineError, match="There is no model at"):
+        evaluate(dataclasses.replace(config, model=str(tmp_path)))
+    with pytest.raises(PipelineError, match="There is no finished dataset at"):
+        evaluate(dataclasses.replace(config, dataset=str(tmp_path)))
+    with pytest.raises(PipelineError, match="has no split 'train': choose one of val, test"):
+        evaluate(dataclasses.replace(config, split="train"))
+    with pytest.raises(PipelineError, match=r"'test' .* has 0 labels for 1 images"):
+        evaluate(dataclasses.replace(config, split="test"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dataset_of_other_classes_is_refused(tiny_model, tmp_path):
+    default = Classes.default(NUM_CLASSES)
+    renamed = Classes((*default.names[:-1], "tram"), default.palette)
+    config = EvaluateConfig(tiny_model, _write_dataset(str(tmp_path / "a"), renamed), str(tmp_path / "out"))
+    with pytest.raises(PipelineError, match=r"name their classes differently \(5 is 'class_5' and 'tram'\)"):
+        evaluate(config)
+    fewer = _write_dataset(str(tmp_path / "b"), Classes.default(5))
+    with pytest.raises(PipelineError, match=r"has 6 classes, the dataset .* has 5"):
+        evaluate(dataclasses.replace(config, dataset=fewer))

@@ -1,0 +1,379 @@
+"""What a bucket of images becomes: each image one row, exactly once, whatever happens between and during runs."""
+
+import dataclasses
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+import torch
+from PIL import Image
+
+from pipeline import masks, prediction_rows, storage
+from pipeline.errors import PipelineError
+from pipeline.images import decode_photograph
+from pipeline.parquet_sink import write_table
+from pipeline.prediction import InferenceConfig, load_predictor, model_id
+from pipeline.prediction_rows import LISTED, MaskSink, read_images
+from pipeline.progress import Progress
+from pipeline.run_record import RunRecord, read_record, record_run
+from pipeline.segmentation import SegmentConfig, segment
+
+REPOSITORY = Path(__file__).parents[2]
+ODD_NAMES = ("with blank.png", "100%25.png", "a#b?.png", "c+d.png", "straße/日本.png")
+
+
+def _png(seed: int, height: int = 40, width: int = 70) -> bytes:
+    """A photograph's worth of blocks of colour, another one for each seed."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+    pixels = blocks.repeat(8, axis=0).repeat(8, axis=1)[:height, :width]
+    return _encoded(Image.fromarray(pixels), "PNG")
+
+
+def _encoded(image: Image.Image, encoding: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, encoding, **options)
+    return buffer.getvalue()
+
+
+def _portrait() -> bytes:
+    """A JPEG that is stored 60 wide and 40 high, and to be shown turned, 40 wide and 60 high."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(io.BytesIO(_png(1, 40, 60))) as image:
+        return _encoded(image, "JPEG", exif=exif)
+
+
+def _config(model: str, images: str, out: str, **settings: object) -> SegmentConfig:
+    return dataclasses.replace(SegmentConfig(model, images, out, cpus_per_worker=0.5, batch_size=2), **settings)
+
+
+def _rows(url: str) -> dict[str, dict]:
+    """The rows at `url` by the last part of the image's URI; every key is there once."""
+    rows = masks.read_masks(url).to_pylist()
+    assert max(Counter(tuple(row[name] for name in masks.KEY) for row in rows).values(), default=1) == 1
+    return {row["image_uri"].rpartition("/")[2]: row for row in rows}
+
+
+def _files(url: str) -> set[tuple[str, str]]:
+    return {(item.url, item.version) for item in storage.list_objects(storage.join(url, masks.FOLDER))}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of many kinds, files that are no images, and one that only looks like one by its name."""
+    folder = tmp_path_factory.mktemp("images")
+    (folder / "straße").mkdir()
+    for seed, name in enumerate(ODD_NAMES):
+        (folder / name).write_bytes(_png(seed, 30 + seed, 90 - seed))
+    (folder / "portrait.jpg").write_bytes(_portrait())
+    (folder / "grey.PNG").write_bytes(_encoded(Image.open(io.BytesIO(_png(7))).convert("L"), "PNG"))
+    (folder / "large.png").write_bytes(_png(8, 150, 131))
+    (folder / "pixel.png").write_bytes(_png(9, 1, 1))
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "page.jpg").write_text("<html>404</html>")
+    (folder / "cut.png").write_bytes(_png(10)[:-40])
+    (folder / "notes.txt").write_text("not asked for")
+    (folder / ".hidden.png").write_bytes(_png(11))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def segmented(
+    ray_cluster: None,  # noqa: ARG001
+    tiny_model: str,
+    folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[SegmentConfig, RunRecord]:
+    config = _config(tiny_model, str(folder), str(tmp_path_factory.mktemp("segmented")), workers=2)
+    return config, segment(config)
+
+
+def test_each_image_has_a_mask_of_its_size_as_the_model_alone_makes_it(segmented, tiny_model):
+    rows = {name: row for name, row in _rows(segmented[0].out).items() if row["status"] == "ok"}
+    assert len(rows) == 9
+    predictor = load_predictor(tiny_model, InferenceConfig())
+    for row in rows.values():
+        pixels = decode_photograph(Path(row["image_uri"]).read_bytes())
+        (expected,) = predictor([torch.tensor(pixels).permute(2, 0, 1)])
+        mask = masks.decode(row)
+        assert mask.shape == (row["height"], row["width"]) == pixels.shape[:2]
+        # Windows share batches with those of other images, which may tip a tie between classes.
+        assert (mask == expected.class_map.numpy()).mean() > 0.995
+        assert row["confidence"] == pytest.approx(expected.confidence.mean().item(), rel=1e-3)
+        assert dict(zip(row["class_ids"], row["class_pixels"], strict=True)) == Counter(mask.ravel().tolist())
+    assert masks.decode(rows["portrait.jpg"]).shape == (60, 40)
+    assert len(rows["large.png"]["class_ids"]) > 1
+
+
+def test_names_are_kept_as_they_are(segmented, folder):
+    uris = set(masks.read_masks(segmented[0].out)["image_uri"].to_pylist())
+    assert {str(folder / name) for name in ODD_NAMES} <= uris
+
+
+def test_an_image_that_cannot_be_used_is_a_row_that_says_why(segmented):
+    bad = {name: row for name, row in _rows(segmented[0].out).items() if row["status"] != "ok"}
+    assert {name: row["status"] for name, row in bad.items()} == {
+        "empty.jpg": "empty",
+        "page.jpg": "not_an_image",
+        "cut.png": "damaged",
+    }
+    assert all(row["error"] and row["mask"] is None and row["height"] is None for row in bad.values())
+
+
+def test_counts_add_up_and_say_what_was_passed_over(segmented):
+    record = read_record(segmented[0].out)
+    assert record is not None
+    assert record.outcome == "done"
+    assert record.counts == {"listed": 12, "other_files": 1, "done_before": 0, "ok": 9, "failed": 3}
+    assert record.results["statuses"] == {"damaged": 1, "empty": 1, "not_an_image": 1, "ok": 9}
+    assert {failure["status"] for failure in record.results["first_failures"]} == {"empty", "not_an_image", "damaged"}
+
+
+def test_duckdb_reads_the_rows(segmented):
+    query = f"SELECT status, count(*) FROM '{segmented[0].out}/masks/*.parquet' GROUP BY ALL"
+    assert dict(duckdb.execute(query).fetchall()) == {"ok": 9, "empty": 1, "not_an_image": 1, "damaged": 1}
+
+
+def test_a_second_run_writes_nothing(segmented, capsys):
+    config, first = segmented
+    files, record = _files(config.out), Path(config.out, "run.json").read_bytes()
+    assert segment(config) == first
+    assert "nothing new" in capsys.readouterr().out
+    assert (_files(config.out), Path(config.out, "run.json").read_bytes()) == (files, record)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_only_new_and_changed_objects_of_a_bucket_are_segmented(tiny_model, bucket):
+    images, out = storage.join(bucket, "images"), storage.join(bucket, "out")
+    for seed, name in enumerate(ODD_NAMES):
+        storage.write_bytes(storage.join(images, name), _png(seed))
+    segment(_config(tiny_model, images, out))
+    before, files = _rows(out), _files(out)
+
+    storage.write_bytes(storage.join(images, ODD_NAMES[0]), _png(20))
+    storage.write_bytes(storage.join(images, "later/new.png"), _png(21))
+    record = segment(_config(tiny_model, images, out))
+
+    assert record.counts == {"listed": 6, "other_files": 0, "done_before": 4, "ok": 2, "failed": 0}
+    assert files < _files(out)
+    rows = masks.read_masks(out).to_pylist()
+    assert len(rows) == 7
+    versions = {(row["image_uri"], row["version"]) for row in rows}
+    assert versions > {(item.url, item.version) for item in storage.list_objects(images)}
+    assert (storage.join(images, ODD_NAMES[0]), before[ODD_NAMES[0]]["version"]) in versions
+
+
+@pytest.fixture
+def archived(bucket: str) -> Iterator[str]:
+    """Where two objects lie in an archive: they are listed, but cannot be read."""
+    url = storage.join(bucket, "images")
+    for name in ("archived.png", "still archived.png"):
+        _put(storage.join(url, name), _png(1), StorageClass="GLACIER")
+    yield url
+    storage.delete(url)  # the server could not save them at its end
+
+
+def _put(url: str, data: bytes, **options: Any) -> None:
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"]).put_object(
+        Bucket=bucket, Key=key, Body=data, **options
+    )
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_storage_did_not_give_is_tried_again(tiny_model, archived, bucket):
+    out = storage.join(bucket, "out")
+    with pytest.raises(PipelineError, match=r"None of the 2 pending images could be read.*archived\.png"):
+        segment(_config(tiny_model, archived, out))
+    before = _rows(out)
+    assert {name: row["status"] for name, row in before.items()} == dict.fromkeys(before, "storage_error")
+    assert "archived.png" in before["archived.png"]["error"]
+    record = read_record(out)
+    assert record is not None
+    assert (record.outcome, record.counts["failed"]) == ("failed", 2)
+
+    _put(storage.join(archived, "archived.png"), _png(1))  # taken out of the archive it has the same version
+    counts = segment(_config(tiny_model, archived, out)).counts
+    assert (counts["done_before"], counts["ok"], counts["failed"]) == (0, 1, 1)
+    after = _rows(out)
+    assert {name: row["status"] for name, row in after.items()} == {
+        "archived.png": "ok",
+        "still archived.png": "storage_error",
+    }
+    assert after["archived.png"]["version"] == before["archived.png"]["version"]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_another_model_adds_rows_and_a_fresh_start_leaves_only_its_own(tiny_model, tmp_path):
+    images, out = tmp_path / "images", str(tmp_path / "out")
+    (images / "night").mkdir(parents=True)
+    for name in ("a.png", "night/b.png", "night/c.png"):
+        (images / name).write_bytes(_png(len(name)))
+    of_other_model = [
+        {**dict.fromkeys(masks.PREDICTION_SCHEMA.names), "model_id": "another", "image_uri": item.url}
+        | {"version": item.version, "status": "ok"}
+        for item in storage.list_objects(str(images))
+    ]
+    earlier = pa.Table.from_pylist(of_other_model, schema=masks.PREDICTION_SCHEMA)
+    write_table(storage.join(out, masks.FOLDER, "part-earlier.parquet"), earlier)
+
+    config = _config(tiny_model, str(images), out, exclude=("*/c.png",), inference=InferenceConfig(flip=True))
+    segment(config)
+    assert Counter(masks.read_masks(out)["model_id"].to_pylist()) == {
+        "another": 3,
+        model_id(tiny_model, config.inference): 2,
+    }
+
+    segment(dataclasses.replace(config, include=("night/*",), new=True))
+    assert _rows(out).keys() == {"b.png"}
+
+
+_KILLED = """
+import sys
+from pipeline import prediction_rows
+from pipeline.segmentation import SegmentConfig, segment
+prediction_rows.ROWS_PER_FILE = 2
+segment(SegmentConfig(*sys.argv[1:], cpus_per_worker=0.5, batch_size=2))
+"""
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_run_that_was_killed_is_completed_by_the_next(tiny_model, tmp_path):
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    names = {f"{number:02}.png" for number in range(36)}
+    for name in names:
+        (images / name).write_bytes(_png(int(name[:2]), 300, 300))
+    arguments = [tiny_model, str(images), str(out)]
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    driver = subprocess.Popen([sys.executable, "-c", _KILLED, *arguments], env=environment, cwd=REPOSITORY)
+    try:
+        deadline = time.monotonic() + 90
+        while len(list(out.glob("masks/*.parquet"))) < 3:
+            assert driver.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline, "no masks appeared"
+            time.sleep(0.01)
+    finally:
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+
+    record = segment(_config(*arguments))  # at once: what is left of the killed run may still be at work
+    assert 6 <= record.counts["done_before"] < len(names)
+    assert record.counts["done_before"] + record.counts["ok"] == len(names)
+    rows = _rows(str(out))
+    assert len(masks.read_masks(str(out))) == len(names)
+    assert rows.keys() == names
+    assert all(row["status"] == "ok" for row in rows.values())
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_run_that_another_has_overtaken_writes_no_more(tmp_path):
+    url = str(tmp_path)
+    storage.write_json(storage.join(url, prediction_rows.TURN_FILE), {"run_id": "later"})
+    empty = dict.fromkeys(masks.PREDICTION_SCHEMA.names)
+    rows = [{**empty, "image_uri": "a.jpg", "version": "1", "model_id": "m", "status": "ok"}]
+    table = pa.Table.from_pylist(rows, schema=masks.PREDICTION_SCHEMA)
+    with Progress("segment", 1, "images") as progress:
+        with pytest.raises(PipelineError, match="Another run, later, has begun"):
+            MaskSink(url, "earlier", progress.reporter).write([table], None)
+        assert masks.read_masks(url).num_rows == 0
+        MaskSink(url, "later", progress.reporter).write([table], None)
+    assert masks.read_masks(url).num_rows == 1
+
+
+def test_what_changed_between_listing_and_reading_is_not_taken_for_what_was_listed(tmp_path, monkeypatch):
+    monkeypatch.setattr(prediction_rows, "READ_WAITS", ())
+    for name in ("same.png", "overwritten.png", "deleted.png"):
+        (tmp_path / name).write_bytes(_png(1))
+    (tmp_path / "folder.png").mkdir()
+    listed = {item.url: item.version for item in storage.list_objects(str(tmp_path))}
+    listed[str(tmp_path / "folder.png")] = "1"
+    (tmp_path / "overwritten.png").write_bytes(_png(2, 41))
+    (tmp_path / "deleted.png").unlink()
+    table = pa.table([list(listed), list(listed.values())], schema=LISTED)
+    rows = pa.concat_tables(read_images(table)).to_pylist()
+    assert {Path(row["image_uri"]).name: row["status"] for row in rows} == {
+        "same.png": "ok",
+        "overwritten.png": "changed",
+        "deleted.png": "changed",
+        "folder.png": "storage_error",
+    }
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_wrong_input_gets_one_sentence(tiny_model, folder, tmp_path):
+    out = str(tmp_path / "out")
+    with pytest.raises(PipelineError, match=r"There is no model at .*/nowhere \(no config.json\)"):
+        segment(_config(str(tmp_path / "nowhere"), str(folder), out))
+    with pytest.raises(PipelineError, match=r"There is nothing at .*/nowhere: correct the URL"):
+        segment(_config(tiny_model, str(tmp_path / "nowhere"), out))
+    with pytest.raises(PipelineError, match="no bucket named no-such-bucket"):
+        segment(_config(tiny_model, "s3://no-such-bucket/images", out))
+    assert not Path(out).exists()
+    with pytest.raises(PipelineError, match=r"64 workers .* need 64\.25 CPU, but the cluster has \d+ CPU"):
+        segment(_config(tiny_model, str(folder), out, workers=64, cpus_per_worker=1))
+    with pytest.raises(PipelineError, match="need 1 GPU, but the cluster has"):
+        segment(_config(tiny_model, str(folder), out, use_gpu=True))
+    with record_run(str(tmp_path / "other"), "evaluate", InferenceConfig(), {}, []):
+        pass
+    with pytest.raises(PipelineError, match="holds the output of evaluate"):
+        segment(_config(tiny_model, str(folder), str(tmp_path / "other"), new=True))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_broken_model_gets_one_sentence_from_the_worker_to_the_caller(tiny_model, folder, tmp_path):
+    model = tmp_path / "model"
+    storage.upload_folder(Path(tiny_model), str(model))
+    (model / "model.safetensors").write_bytes(b"\0" * 64)
+    with pytest.raises(PipelineError):
+        segment(_config(str(model), str(folder), str(tmp_path / "out")))
+    document = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert document["outcome"] == "failed"
+    assert document["error"].startswith(f"The model at {model} cannot be used: ")
+    assert "Traceback" not in document["error"]
+    assert masks.read_masks(str(tmp_path / "out")).num_rows == 0
+
+
+def test_an_empty_folder_is_no_failure(tiny_model, tmp_path):
+    (tmp_path / "images").mkdir()
+    record = segment(_config(tiny_model, str(tmp_path / "images"), str(tmp_path / "out")))
+    assert record.counts == {"listed": 0, "other_files": 0, "done_before": 0, "ok": 0, "failed": 0}
+
+
+def test_a_models_id_follows_what_the_masks_depend_on(tiny_model, tmp_path):
+    storage.upload_folder(Path(tiny_model), str(tmp_path / "copy"))
+    usual = model_id(tiny_model, InferenceConfig())
+    assert model_id(str(tmp_path / "copy"), InferenceConfig(window_batch=2)) == usual
+    assert model_id(tiny_model, InferenceConfig(stride=(32, 32))) != usual
+    weights = tmp_path / "copy" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    assert model_id(str(tmp_path / "copy"), InferenceConfig()) != usual
+
+
+def test_workers_that_read_and_write_do_not_load_torch():
+    """They are many; each would take seconds to start."""
+    code = "import sys, pipeline.prediction_rows; raise SystemExit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
+
+
+def test_the_workflow_says_in_one_line_what_is_wrong(tmp_path):
+    command = [sys.executable, "workflows/segment.py", "--model", "nowhere", "--images", ".", "--out", str(tmp_path)]
+    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: There is no model at ")
+    assert len(ended.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
