@@ -67,6 +67,10 @@ def read_record(url: str) -> RunRecord | None:
         document = storage.read_json(place)
     except FileNotFoundError:
         return None
+    if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
+        raise storage.StorageError(
+            f"{place} is not a run record of schema version {SCHEMA_VERSION}: choose another place."
+        )
     try:
         return RunRecord(**document)
     except TypeError as error:
@@ -113,14 +117,18 @@ def refuse_other_work(url: str, workflow: str, config: Any, inputs: dict[str, st
     record = read_record(url)
     if record is None:
         return
-    if record.workflow != workflow:
-        raise PipelineError(f"{url} holds the output of {record.workflow}, not of {workflow}: choose another place.")
+    _refuse_other_workflow(url, record, workflow)
     changed = differences(record, config, inputs)
     if changed:
         raise PipelineError(
             f"{url} holds the {workflow} of another configuration ({'; '.join(changed)}): "
             "choose another place, or pass --new true to replace what is there."
         )
+
+
+def _refuse_other_workflow(url: str, record: RunRecord, workflow: str) -> None:
+    if record.workflow != workflow:
+        raise PipelineError(f"{url} holds the output of {record.workflow}, not of {workflow}: choose another place.")
 
 
 @contextmanager
@@ -132,9 +140,14 @@ def record_run(
     Args:
         outputs: what the block will write below `url`.
         keep: leave what an earlier run of the same work wrote, to go on from it; else delete those outputs first.
+
+    Raises:
+        PipelineError: if another workflow's output is there, which nothing here may replace.
     """
+    earlier = read_record(url)
+    if earlier:
+        _refuse_other_workflow(url, earlier, workflow)
     if not keep:
-        earlier = read_record(url)
         for output in {*outputs, *(earlier.outputs if earlier else [])}:
             storage.delete(storage.join(url, output))
     record = RunRecord(workflow, identity(config), inputs, outputs, versions=versions(), started=_now())
@@ -144,7 +157,7 @@ def record_run(
         yield record
     except BaseException as error:
         record.outcome = "failed"
-        record.error = str(mendable_cause(error) or f"{type(error).__name__}: {error}")[:2000]
+        record.error = storage.redacted(str(mendable_cause(error) or f"{type(error).__name__}: {error}"))[:2000]
         record.finished, record.seconds = _now(), round(time.monotonic() - begun, 3)
         with suppress(storage.StorageError):  # the failure being raised matters more; the record then stays `running`
             _write(url, record)
