@@ -1,7 +1,9 @@
 """Encoded images to pixels: photographs and label images, with every way in which a file can be bad as one sentence."""
 
+import contextlib
 import io
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -31,6 +33,11 @@ def decode_photograph(data: bytes) -> np.ndarray:
         BadImage: empty, not an image, truncated, or larger than `MAX_PIXELS`.
     """
     image = _opened(data)
+    with _damage_refused():
+        return np.asarray(_upright_rgb(image))
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image).astype(np.float32)
@@ -39,7 +46,7 @@ def decode_photograph(data: bytes) -> np.ndarray:
     if "A" in image.mode or "transparency" in image.info:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer)
-    return np.asarray(image.convert("RGB"))
+    return image.convert("RGB")
 
 
 def decode_label(data: bytes) -> np.ndarray:
@@ -67,19 +74,25 @@ def encode_png(values: np.ndarray, palette: list[tuple[int, int, int]] | None = 
 def _opened(data: bytes) -> Image.Image:
     if not data:
         raise BadImage("empty", "the file has no bytes")
+    with _damage_refused():
+        image = Image.open(io.BytesIO(data))
+        if image.width * image.height > MAX_PIXELS:
+            raise BadImage(
+                "too_large", f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS} accepted"
+            )
+        image.load()
+    return image
+
+
+@contextlib.contextmanager
+def _damage_refused() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on odd EXIF blocks are no reason to refuse
-            image = Image.open(io.BytesIO(data))
-            if image.width * image.height > MAX_PIXELS:
-                raise BadImage(
-                    "too_large", f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS} accepted"
-                )
-            image.load()
+            yield
     except BadImage:
         raise
     except Exception as error:  # Pillow's decoders raise many classes on damaged data
         if isinstance(error, UnidentifiedImageError):
             raise BadImage("not_an_image", "the bytes are of no image format that Pillow knows") from error
         raise BadImage("damaged", f"damaged or truncated ({type(error).__name__}: {str(error)[:120]})") from error
-    return image
