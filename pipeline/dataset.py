@@ -57,7 +57,7 @@ class DatasetInfo:
         rejected: how many inputs were refused; they are listed below `_rejects/`.
         source: the URL that was ingested.
         layout: how it was read.
-        fingerprint: digest of all rows, whatever their order: same content, same fingerprint.
+        fingerprint: digest of all rows, whatever their order, and of the classes: same content, same fingerprint.
     """
 
     names: list[str]
@@ -174,8 +174,11 @@ def open(url: str) -> SegmentationDataset:
         raise PipelineError(
             f"{place} is not a dataset of schema version {SCHEMA_VERSION}: ingest it again with this version."
         )
-    splits = {name: SplitInfo(**split) for name, split in document.pop("splits").items()}
-    return SegmentationDataset(url, DatasetInfo(splits=splits, **document))
+    try:
+        splits = {name: SplitInfo(**split) for name, split in document.pop("splits").items()}
+        return SegmentationDataset(url, DatasetInfo(splits=splits, **document))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise PipelineError(f"{place} is damaged ({error}): ingest the dataset again with --new true.") from error
 
 
 def write_info(url: str, info: DatasetInfo) -> None:

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -90,7 +91,8 @@ def ingest(config: IngestConfig) -> RunRecord:
         refuse_other_work(config.dataset, "ingest", config, inputs)
     layout = read_layout(config.layout, config.source, objects)
     splits = sorted({pair.split for pair in layout.pairs} | {reject.split for reject in layout.rejects})
-    outputs = [dataset.INFO_FILE, *splits]
+    # Also what may not come to be: rows that an earlier run left under any of these names must not stay beside the new.
+    outputs = [dataset.INFO_FILE, dataset.REJECTS_FOLDER, *splits]
     _require_free(config.dataset)
     with connected(), record_run(config.dataset, "ingest", config, inputs, outputs, keep=False) as record:
         _convert(config, layout, record)
@@ -132,7 +134,7 @@ def _finish(config: IngestConfig, layout: Layout, record: RunRecord, sink: Parqu
         if rejected > config.max_reject_fraction * rows_in or not rows_out:
             raise PipelineError(
                 f"{listed}, more than --max_reject_fraction {config.max_reject_fraction} allows. "
-                f"The first: {'; '.join(examples[:SHOWN_REJECTS])}. Mend or remove them and run again."
+                f"The first: {'; '.join(examples[:SHOWN_REJECTS])}. Mend or remove them and run again with --new true."
             )
         announce(f"  {listed}; the first: {'; '.join(examples[:SHOWN_REJECTS])}")
     splits = {
@@ -151,8 +153,9 @@ def _finish(config: IngestConfig, layout: Layout, record: RunRecord, sink: Parqu
         rejected=rejected,
         source=storage.redacted(config.source),
         layout=layout.name,
-        fingerprint=f"{summary.digest:064x}",
+        fingerprint=_fingerprint(summary.digest, layout),
     )
+    record.outputs = [dataset.INFO_FILE, *([dataset.REJECTS_FOLDER] if rejected else []), *splits]
     record.results = {"fingerprint": info.fingerprint, "splits": {name: split.rows for name, split in splits.items()}}
     dataset.write_info(config.dataset, info)
 
@@ -266,6 +269,12 @@ def _total(summaries: list[_Summary]) -> _Summary:
         sum(summary.rejected for summary in summaries),
         [example for summary in summaries for example in summary.examples][:SHOWN_REJECTS],
     )
+
+
+def _fingerprint(digest: int, layout: Layout) -> str:
+    """Of the rows and of what their values mean: a model trained under other names or colours is another model."""
+    meaning = json.dumps([layout.classes.names, layout.classes.palette])
+    return hashlib.sha256(f"{digest:064x}{meaning}".encode()).hexdigest()
 
 
 def _reject_text(reject: Reject) -> str:

@@ -124,8 +124,13 @@ def _folders(source: str, objects: list[storage.StoredObject]) -> Layout:
         ) from None
     classes = _classes_from(document, place)
     ignore = document.get("ignore_label", IGNORE_LABEL)
-    if not isinstance(ignore, int) or not 0 <= ignore <= 65535:
+    if type(ignore) is not int or not 0 <= ignore <= 65535:
         raise PipelineError(f"{place}: ignore_label is {ignore!r}: give an integer from 0 to 65535.")
+    if ignore < len(classes):
+        raise PipelineError(
+            f"{place}: ignore_label {ignore} is also the value of the class {classes.names[ignore]!r}: "
+            f"the {len(classes)} classes take the values 0 to {len(classes) - 1}, so give another one."
+        )
     values = {value: value for value in range(len(classes.names))} | {ignore: IGNORE_LABEL}
     layout = Layout("folders", classes, values)
     by_folder = _by_folder(source, objects, depth=2)
@@ -168,7 +173,15 @@ def _pair_up(
 ) -> None:
     """Match images and labels of a split by their path without suffix, below their own folders."""
     images = [item for item in images if item.url.lower().endswith(IMAGE_SUFFIXES)]
-    waiting = {_stem(source, item.url): item for item in labels if item.url.lower().endswith(LABEL_SUFFIXES)}
+    waiting: dict[str, storage.StoredObject] = {}
+    for label in labels:
+        if label.url.lower().endswith(LABEL_SUFFIXES):
+            stem = _stem(source, label.url)
+            if stem in waiting:
+                detail = f"{label.url} and {waiting[stem].url} have the same stem: remove one"
+                layout.rejects.append(Reject(label.url, split, "duplicate_stem", detail))
+            else:
+                waiting[stem] = label
     seen: dict[str, str] = {}
     for image in images:
         stem = _stem(source, image.url)
@@ -216,6 +229,10 @@ def _classes_from(document: object, place: str) -> Classes:
         if not isinstance(document, dict):
             raise ValueError("it is not a JSON object")
         names, palette = document["names"], document["palette"]
+        if not isinstance(names, list) or len(names) > IGNORE_LABEL:
+            raise ValueError(
+                f"names must be a list of 2 to {IGNORE_LABEL} names, {IGNORE_LABEL} being the ignore label"
+            )
         return Classes(tuple(names), tuple((int(r), int(g), int(b)) for r, g, b in palette))
     except (KeyError, TypeError, ValueError) as error:
         raise PipelineError(
