@@ -4,14 +4,15 @@ Exit code 0 means done, 1 a failure with one clear line, 2 a wrong call, 130 an 
 """
 
 import copy
+import dataclasses
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast, get_args, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from pipeline import storage
 from pipeline.errors import PipelineError, mendable_cause
@@ -75,9 +76,12 @@ def load(config_class: type, document: Mapping[str, Any], values: Mapping[str, A
     for name, value in values.items():
         *parents, field = name.split(".")
         inner = nested
-        for parent in parents:
+        for depth, parent in enumerate(parents, start=1):
             inner = inner.setdefault(parent, {})
-        inner[field] = value
+            if not isinstance(inner, dict):
+                above = ".".join(parents[:depth])
+                raise WrongCall(f"{above} is {inner!r}, so {name} cannot be set: give {above} fields, or leave it out.")
+        inner[field] = copy.deepcopy(value)
     parser = parser_for(config_class, environment=False)
     return _instance(parser, config_class, lambda: parser.parse_object(nested))
 
@@ -89,12 +93,26 @@ def _instance(parser: ArgumentParser, config_class: type, parsed: Callable[[], A
         raise
     except Exception as error:  # what a store's client raises for --config URL has many classes
         raise WrongCall(f"The configuration cannot be read: {type(error).__name__}: {error}.") from error
+    _refuse_without_value(config_class, values)
     try:
         fields = dict(vars(parser.instantiate_classes(values)))
         fields.pop("config", None)
         return config_class(**fields)
     except ValueError as error:  # a dataclass that checks its own values
         raise WrongCall(str(error)) from error
+
+
+def _refuse_without_value(config_class: type, values: Namespace, above: str = "") -> None:
+    """Refuse what YAML reads from `lr:` with nothing behind it, which jsonargparse lets pass for any type."""
+    hints = get_type_hints(config_class)
+    for item in dataclasses.fields(config_class):
+        name, hint, value = above + item.name, hints[item.name], values.get(item.name)
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, Namespace):
+                raise WrongCall(f"{name} is {value!r}, but it is a group of fields: give some, or leave it out.")
+            _refuse_without_value(cast(type, hint), value, f"{name}.")
+        elif value is None and type(None) not in get_args(hint):
+            raise WrongCall(f"{name} has no value: give it one, or leave it out.")
 
 
 def run_workflow(

@@ -1,5 +1,6 @@
 """The search space of a sweep: from YAML over the fields of a training configuration to Ray Tune's domains."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pipeline.command_line import WrongCall, load
 from pipeline.training import TrainConfig
 
 KINDS = ("choice", "uniform", "loguniform", "randint")
+PER_TRIAL = ("dataset", "run")
 
 
 @dataclass(frozen=True)
@@ -37,17 +39,24 @@ class SearchSpace:
         for name, described in self.ranges.items():
             if name in self.fixed:
                 raise WrongCall(f"The field {name} is both fixed and searched: remove it from one of the two.")
+            if name in PER_TRIAL:
+                raise WrongCall(f"The field {name} cannot be searched: the sweep itself sets it.")
             _check_range(name, described)
-            ((kind, values),) = described.items()
-            for value in values if kind == "choice" else values[:1]:
-                self.config("unused", "unused", {name: value})
-        default = self.default()
-        for name, described in self.ranges.items():
-            if not _contains(described, default[name]):
+        for name, default in self.default().items():
+            described = self.ranges[name]
+            for value in _tried(described):
+                self._check_value(name, value)
+            if not _contains(described, default):
                 raise WrongCall(
-                    f"The range of {name} leaves out the recipe's own value {default[name]!r}, which trial 0 tries: "
+                    f"The range of {name} leaves out the recipe's own value {default!r}, which trial 0 tries: "
                     "widen it, or set another value in the base configuration."
                 )
+
+    def _check_value(self, name: str, value: Any) -> None:
+        try:
+            self.config("unused", "unused", {name: value})
+        except WrongCall as error:
+            raise WrongCall(f"The range of {name} has {value!r}, which that field cannot be: {error}") from error
 
     def config(self, dataset: str, run: str, values: Mapping[str, Any]) -> TrainConfig:
         """The training configuration of one trial."""
@@ -56,7 +65,7 @@ class SearchSpace:
     def default(self) -> dict[str, Any]:
         """The recipe's own value of each searched field."""
         config = self.config("unused", "unused", {})
-        return {name: _attribute(config, name) for name in self.ranges}
+        return {name: _value(config, name) for name in self.ranges}
 
     def domains(self) -> dict[str, Any]:
         """Ray Tune's search space."""
@@ -77,7 +86,7 @@ def _check_range(name: str, described: Any) -> None:
         raise WrongCall(f"The range of {name} is empty: list at least one value under {kind}.")
     if kind == "choice":
         return
-    numbers = [value for value in values if isinstance(value, (int, float)) and math.isfinite(value)]
+    numbers = [value for value in values if type(value) in (int, float) and math.isfinite(value)]
     if len(numbers) != 2 or len(values) != 2:
         raise WrongCall(f"The range of {name} is {values}: {kind} takes [low, high], two numbers.")
     low, high = numbers
@@ -91,10 +100,34 @@ def _contains(described: Mapping[str, list[Any]], value: Any) -> bool:
     ((kind, values),) = described.items()
     if kind == "choice":
         return any(value == item or (isinstance(value, tuple) and list(value) == item) for item in values)
-    return isinstance(value, (int, float)) and values[0] <= value <= values[1]
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return values[0] <= value < values[1] if kind == "randint" else values[0] <= value <= values[1]
 
 
-def _attribute(config: Any, dotted: str) -> Any:
+def _tried(described: Mapping[str, list[Any]]) -> list[Any]:
+    """Values that stand for a range: all of a choice, the ends of an interval, of the type that it yields."""
+    ((kind, values),) = described.items()
+    if kind == "choice":
+        return values
+    return [values[0], values[1] - 1] if kind == "randint" else [float(value) for value in values]
+
+
+def _value(config: Any, dotted: str) -> Any:
+    """The value of a dotted field in a configuration, or in a dict within it such as `model.backbone_options`."""
+    value = config
     for part in dotted.split("."):
-        config = getattr(config, part)
-    return config
+        if isinstance(value, Mapping) and part not in value:
+            raise WrongCall(
+                f"The field {dotted} has no value in the recipe for trial 0 to try: set it in the base configuration."
+            )
+        if not isinstance(value, Mapping) and not (dataclasses.is_dataclass(value) and hasattr(value, part)):
+            raise WrongCall(f"There is no field {dotted} ({part!r} is unknown): see train.py --help for their names.")
+        value = value[part] if isinstance(value, Mapping) else getattr(value, part)
+    if dataclasses.is_dataclass(value):
+        raise WrongCall(f"{dotted} is a group of fields: search one of them, as {dotted}.{_first_field(value)}.")
+    return value
+
+
+def _first_field(group: Any) -> str:
+    return dataclasses.fields(group)[0].name

@@ -1,5 +1,6 @@
 """Augmentation of a training sample: resize, crop, flip, photometric distortion, through torchvision.transforms.v2."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +29,18 @@ class AugmentationConfig:
     max_class_fraction: float = 0.75
     flip: float = 0.5
     photometric: float = 0.5
+
+    def __post_init__(self) -> None:
+        low, high = self.scale
+        if not 0 < low <= high < math.inf:
+            raise ValueError(f"augmentation.scale is {self.scale}: give [low, high], above 0 and low not above high.")
+        if not 0 < self.max_class_fraction <= 1:
+            raise ValueError(
+                f"augmentation.max_class_fraction is {self.max_class_fraction}: give a share above 0, 1 being off."
+            )
+        for name in ("flip", "photometric"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"augmentation.{name} is {getattr(self, name)}: give a probability from 0 to 1.")
 
 
 class Augmentation:
