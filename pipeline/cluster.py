@@ -37,6 +37,8 @@ def connected() -> Iterator[None]:
                 f"No Ray cluster answers at RAY_ADDRESS={address}: correct it, or unset it to start a local Ray."
             ) from error
     else:
+        # Workers inherit it: OpenMP threads that spin while they wait for each other halve the speed of a shared machine.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         # The dashboard is what removes the placement groups of killed trials (ray 2.60), so a sweep needs it.
         ray.init(
             address="local",

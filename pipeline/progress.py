@@ -77,7 +77,7 @@ class Progress(AbstractContextManager["Progress"]):
         self.reporter = Reporter(self._board)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._show, name=f"progress-{title}", daemon=True)
-        self._begun = time.monotonic()
+        self._first: tuple[float, float] | None = None  # units and time when the first ones were seen to be done
 
     def __enter__(self) -> "Progress":
         self._thread.start()
@@ -116,7 +116,7 @@ class Progress(AbstractContextManager["Progress"]):
             while True:
                 last = self._stop.wait(POLL_SECONDS)
                 done, note = self._read()
-                bars.update(bar, completed=min(done, self.total), rate=self._rate(done), note=note)
+                bars.update(bar, completed=min(done, self.total), rate=self._rate(done).removeprefix(", "), note=note)
                 if last:
                     return
 
@@ -129,10 +129,18 @@ class Progress(AbstractContextManager["Progress"]):
                 continue
             done, note = self._read()
             if done != shown:
-                announce(f"  {self.title}: {done:g}/{self.total} {self.unit}, {self._rate(done)} {note}".rstrip())
+                announce(
+                    f"  {self.title}: {done:g}/{self.total} {self.unit}{self._rate(done)}{f', {note}' if note else ''}"
+                )
                 shown, shown_at = done, now
             if last:
                 return
 
     def _rate(self, done: float) -> str:
-        return f"{done / max(time.monotonic() - self._begun, 1e-9):.1f} {self.unit}/s"
+        """The rate since the work was first seen to move: what an earlier run did, or starting, does not count."""
+        now = time.monotonic()
+        if self._first is None and done:
+            self._first = done, now
+        if self._first is None or now - self._first[1] < 1:
+            return ""
+        return f", {(done - self._first[0]) / (now - self._first[1]):.1f} {self.unit}/s"

@@ -1,28 +1,32 @@
-"""The endless, reproducible stream of training samples of one worker, decoded and augmented on Ray Data tasks.
+"""The endless, reproducible stream of training samples of one worker, made by tasks on the CPUs of any node.
 
 The row groups of the dataset, in another order each epoch, make one endless sequence; worker `r` of `n` takes every
 n-th of it, beginning with the r-th. So each epoch reads each byte once, no sample is dropped or doubled to make shards
 equal, and what a worker sees is fixed by seed, world size and position alone: a resumed run goes on with the very next
 sample.
+
+The tasks are Ray generators with back-pressure, not a Ray Data plan: the streaming executor of ray 2.60 polls without
+pause while its consumer is the slower side, in the process of the training worker, and took half a core of two there.
 """
 
 import zlib
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from itertools import islice
 from pathlib import PurePosixPath
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import ray.data
-from ray.data import Datasource, ReadTask
-from ray.data.block import Block, BlockAccessor, BlockMetadata
+import ray
 
 from pipeline.dataset import Chunk
 from pipeline.images import decode_label, decode_photograph
 from pipeline.transforms import Augmentation
 
 WINDOW_CHUNKS = 4  # row groups whose rows are shuffled among each other
+WINDOWS_AHEAD = 4  # windows that are being read while one is consumed
+BATCHES_AHEAD = 4  # that a task makes before it waits for its consumer
 TASK_CPUS = 0.25
 
 
@@ -73,13 +77,32 @@ def sample_batches(
     """Batches of augmented samples, in the order that the windows and the seed fix.
 
     Yields:
-        `image` (B, 3, h, w) uint8, `label` (B, h, w) uint8 and `image_id` (B,).
+        `image` (B, 3, h, w) uint8, `label` (B, h, w) uint8 and `image_id` (B,). A last, smaller batch is left out.
     """
-    source = _SampleSource(windows, augmentation, seed, batch_size)
-    stream = ray.data.read_datasource(source, num_cpus=TASK_CPUS, override_num_blocks=len(windows))
-    stream.context.execution_options.preserve_order = True
-    for batch in stream.iter_batches(batch_size=batch_size, drop_last=True, prefetch_batches=2):
-        yield cast(dict[str, np.ndarray], batch)
+    task = ray.remote(_read_window).options(
+        num_cpus=TASK_CPUS, num_returns="streaming", _generator_backpressure_num_objects=BATCHES_AHEAD
+    )
+    shared = ray.put(augmentation)
+
+    def started(window: Window) -> Any:
+        return task.remote(window, shared, seed, batch_size)
+
+    upcoming = iter(windows)
+    running = deque(map(started, islice(upcoming, WINDOWS_AHEAD)))
+    gathered: list[dict[str, np.ndarray]] = []
+    try:
+        while running:
+            for reference in running[0]:
+                gathered.append(ray.get(reference))
+                if sum(len(part["image"]) for part in gathered) >= batch_size:
+                    joined = {name: np.concatenate([part[name] for part in gathered]) for name in gathered[0]}
+                    yield {name: values[:batch_size] for name, values in joined.items()}
+                    gathered = [{name: values[batch_size:] for name, values in joined.items()}]
+            running.popleft()
+            running.extend(map(started, islice(upcoming, 1)))
+    finally:
+        for generator in running:  # else they would wait for their consumer, and keep their CPUs
+            ray.cancel(generator)
 
 
 def _worker_sequence(chunks: list[Chunk], seed: int, shard: tuple[int, int]) -> Iterator[tuple[int, Chunk]]:
@@ -100,38 +123,10 @@ def _from_position(gathered: list[tuple[int, Chunk]], position: int, start: int)
     return [Window(tuple(gathered), skip=max(0, start - position))]
 
 
-@dataclass(frozen=True)
-class _SampleSource(Datasource):
-    """One read task for each window: reads it, shuffles it, and yields its samples decoded and augmented.
-
-    Reading and augmenting are one operator, so that all CPUs that decoding needs are those of these tasks.
-    """
-
-    windows: list[Window]
-    augmentation: Augmentation
-    seed: int
-    batch_size: int
-
-    def estimate_inmemory_data_size(self) -> int:
-        """Bytes of all samples; Ray plans its memory with it."""
-        height, width = self.augmentation.crop_size
-        return sum(window.samples for window in self.windows) * height * width * 4
-
-    def get_read_tasks(self, *_: Any, **__: Any) -> list[ReadTask]:
-        """Ray's interface: what each task runs."""
-        return [self._task(window) for window in self.windows]
-
-    def _task(self, window: Window) -> ReadTask:
-        height, width = self.augmentation.crop_size
-        metadata = BlockMetadata(
-            num_rows=window.samples, size_bytes=window.samples * height * width * 4, input_files=None, exec_stats=None
-        )
-        read = partial(_read_window, window, self.augmentation, self.seed, self.batch_size)
-        return ReadTask(read, metadata)
-
-
-def _read_window(window: Window, augmentation: Augmentation, seed: int, batch_size: int) -> Iterator[Block]:
-    """Runs on a data task."""
+def _read_window(
+    window: Window, augmentation: Augmentation, seed: int, batch_size: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Runs as a task: reads a window, shuffles it, and yields its samples decoded and augmented."""
     rows = [
         (epoch, row) for epoch, chunk in window.chunks for row in chunk.read(["image_id", "image", "label"]).to_pylist()
     ]
@@ -140,7 +135,7 @@ def _read_window(window: Window, augmentation: Augmentation, seed: int, batch_si
     order = np.random.default_rng([seed, first_epoch, place]).permutation(len(rows))[window.skip :]
     for begin in range(0, len(order), batch_size):
         chosen = [rows[index] for index in order[begin : begin + batch_size]]
-        yield BlockAccessor.batch_to_block(_samples(chosen, augmentation, seed))
+        yield _samples(chosen, augmentation, seed)
 
 
 def _samples(rows: list[tuple[int, dict[str, Any]]], augmentation: Augmentation, seed: int) -> dict[str, np.ndarray]:

@@ -28,6 +28,7 @@ import pyarrow.fs as arrow_fs
 from pipeline.errors import PipelineError
 
 SCHEMES = ("s3", "gs", "file")
+UPLOADED_TOGETHER = 32  # files that upload_folder holds in memory
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _HOST_AND_PORT = re.compile(r"([^:@\[\]]+:[0-9]+|\[[0-9A-Fa-f:.]+\](:[0-9]+)?)[.,:;)'\"]*")
@@ -277,10 +278,19 @@ def delete(url: str) -> None:
 
 
 def upload_folder(folder: Path, url: str) -> None:
-    """Copy every file below a local folder to `url`, each atomically."""
-    for file in sorted(folder.rglob("*")):
-        if file.is_file():
-            write_bytes(join(url, file.relative_to(folder).as_posix()), file.read_bytes())
+    """Copy every file below a local folder to `url`, each atomically, to an object store several at a time."""
+    scheme, _ = split(url)
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    places = [join(url, file.relative_to(folder).as_posix()) for file in files]
+    if scheme == "file":
+        for file, place in zip(files, places, strict=True):
+            write_bytes(place, file.read_bytes())
+        return
+    for start in range(0, len(files), UPLOADED_TOGETHER):
+        together = slice(start, start + UPLOADED_TOGETHER)
+        pairs = zip(places[together], files[together], strict=True)
+        with _explained(url):
+            _fsspec(scheme).pipe({split(place)[1]: file.read_bytes() for place, file in pairs})
 
 
 def require_bucket(url: str) -> None:
