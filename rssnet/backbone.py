@@ -167,12 +167,10 @@ class Backbone(nn.Module):
         self._check_size(image_size)
 
         arguments = dict(options or {})
-        if drop_path > 0:
-            if not layout.takes_drop_path:
-                raise ValueError(
-                    f"Backbone {layout.name!r} has no stochastic depth; set drop_path to 0, not {drop_path}."
-                )
-            arguments["drop_path_rate"] = drop_path
+        if layout.takes_drop_path:
+            arguments["drop_path_rate"] = drop_path  # even if zero: some families have another default
+        elif drop_path > 0:
+            raise ValueError(f"Backbone {layout.name!r} has no stochastic depth; set drop_path to 0, not {drop_path}.")
         with torch.device("meta"):
             unread = self._rehearse(self._build(arguments, image_size))
 

@@ -202,6 +202,8 @@ class RSSNetConfig:
             self.decoder_width is None or self.decoder_width >= 8,
             f"decoder_width must be 8 channels or more, not {self.decoder_width}.",
         )
+        for option, name in (("img_size", "image_size"), ("drop_path_rate", "drop_path"), ("pretrained", "pretrained")):
+            _require(option not in self.backbone_options, f"Set {name} instead of {option} in backbone_options.")
         _require(0 <= self.drop_path < 1, f"drop_path must be in [0, 1), not {self.drop_path}.")
 
     @property

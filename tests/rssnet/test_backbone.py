@@ -207,8 +207,8 @@ def test_a_tap_that_is_not_there_is_refused_with_those_that_are():
 
 
 def test_a_frozen_backbone_keeps_weights_and_statistics():
-    options = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32), "drop_path_rate": 0.5}
-    backbone = build("convnext_atto", options, (64, 64), frozen=True)
+    options = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}
+    backbone = build("convnext_atto", options, (64, 64), drop_path=0.5, frozen=True)
     backbone.train()
     images = torch.randn(2, 3, 64, 64)
     assert not any(parameter.requires_grad for parameter in backbone.parameters())

@@ -40,6 +40,8 @@ def test_an_unknown_field_is_named_with_the_known_ones():
         (lambda: RSSNetConfig(image_size=(1, 2, 3)), "image_size must be a side or"),  # pyright: ignore
         (lambda: RSSNetConfig(drop_path=1.0), "drop_path must be in"),
         (lambda: RSSNetConfig(decoder_width=4), "decoder_width must be 8"),
+        (lambda: RSSNetConfig(backbone_options={"img_size": 64}), "Set image_size instead of img_size"),
+        (lambda: RSSNetConfig(backbone_options={"drop_path_rate": 0.1}), "Set drop_path instead of drop_path_rate"),
         (lambda: LocalPathwayConfig(kernel_size=4), "local_pathway.kernel_size must be an odd number"),
         (lambda: LocalPathwayConfig(depth=-1), "local_pathway.depth must be 0 or more"),
         (lambda: SeparationConfig(kernel_size=2), "separation.kernel_size must be an odd number"),
