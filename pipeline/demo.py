@@ -44,7 +44,7 @@ def demo(data: str, output: str) -> None:
             source=labelled,
             photos=photos,
             root=f"s3://{bucket}/results",
-            inference=InferenceConfig(stride=(168, 224)),
+            inference=InferenceConfig(scales=(0.5,)),
             cpus_per_worker=1.5,
             mirror=str(server.folder),
         )

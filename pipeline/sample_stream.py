@@ -79,8 +79,13 @@ def sample_batches(
     Yields:
         `image` (B, 3, h, w) uint8, `label` (B, h, w) uint8 and `image_id` (B,). A last, smaller batch is left out.
     """
-    task = ray.remote(_read_window).options(
-        num_cpus=TASK_CPUS, num_returns="streaming", _generator_backpressure_num_objects=BATCHES_AHEAD
+    task = ray.remote(
+        _read_window
+    ).options(
+        num_cpus=TASK_CPUS,
+        num_returns="streaming",
+        scheduling_strategy="SPREAD",  # else a trial's placement group would hold it, without a CPU for it
+        _generator_backpressure_num_objects=BATCHES_AHEAD,
     )
     shared = ray.put(augmentation)
 
