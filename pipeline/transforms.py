@@ -74,7 +74,8 @@ class Augmentation:
             torch.manual_seed(seed)
             picture, mask = self._resized(picture, mask)
             picture, mask = self._cropped(picture, mask)
-            picture, mask = self._flip(picture, mask)
+            # Indexing has made plain tensors of both, of which a transform would change the first alone.
+            picture, mask = self._flip(tv_tensors.Image(picture), tv_tensors.Mask(mask))
             picture = self._distort(picture)
         return picture.contiguous().numpy(), mask.contiguous().numpy()
 
@@ -82,7 +83,8 @@ class Augmentation:
         low, high = self.config.scale
         factor = float(torch.empty(()).uniform_(low, high))
         size = [max(1, round(side * factor)) for side in picture.shape[-2:]]
-        bilinear, nearest = v2.InterpolationMode.BILINEAR, v2.InterpolationMode.NEAREST
+        # NEAREST would shift the label against the image by up to half a pixel.
+        bilinear, nearest = v2.InterpolationMode.BILINEAR, v2.InterpolationMode.NEAREST_EXACT
         return (
             functional.resize(picture, size, interpolation=bilinear, antialias=True),
             functional.resize(mask[None], size, interpolation=nearest)[0],
