@@ -95,7 +95,7 @@ def _instance(parser: ArgumentParser, config_class: type, parsed: Callable[[], A
         raise WrongCall(f"The configuration cannot be read: {type(error).__name__}: {error}.") from error
     _refuse_without_value(config_class, values)
     try:
-        fields = dict(vars(parser.instantiate_classes(values)))
+        fields = dict(vars(parser.instantiate(values)))
         fields.pop("config", None)
         return config_class(**fields)
     except ValueError as error:  # a dataclass that checks its own values
