@@ -265,6 +265,11 @@ def test_a_server_that_cannot_start_tells_its_last_words(tmp_path: Path, monkeyp
         pass
 
 
+def test_a_ctrl_c_at_the_terminal_is_not_for_the_server(shared: LocalS3) -> None:
+    """It is still needed for saving."""
+    assert os.getpgid(shared.pid) != os.getpgid(0)
+
+
 def test_an_exception_ends_the_server_saves_and_comes_through(tmp_path: Path) -> None:
     endpoints = []
 
@@ -298,7 +303,6 @@ def test_a_server_that_died_is_told(tmp_path: Path) -> None:
     ids=lambda value: str(value),
 )
 def test_the_server_ends_with_its_parent(tmp_path: Path, sent: signal.Signals, saved: bool) -> None:
-    """Signals go to the parent's whole process group, as a terminal sends Ctrl-C: the server is still needed then."""
     parent = subprocess.Popen(
         [sys.executable, "-c", HOLDS_A_SERVER, str(tmp_path)],
         stdout=subprocess.PIPE,

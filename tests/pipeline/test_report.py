@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from pipeline import charts, storage
 from pipeline import report as reports
-from pipeline import storage
 from pipeline.errors import PipelineError
 from pipeline.report import CurvePoint, Overlay, Report, Scores, Stage, Trial, ValidationPoint, render, write_report
 from pipeline.street_scenes import IGNORE_LABEL, NAMES, PALETTE, draw_scene
@@ -148,6 +148,10 @@ def test_definitions_of_different_charts_do_not_meet(page: str) -> None:
     identities = re.findall(r' id="([^"]+)"', page)
     assert identities
     assert len(identities) == len(set(identities))
+
+
+def test_the_same_values_make_the_same_chart() -> None:
+    assert charts.miou_chart([1, 2], [0.1, 0.2]) == charts.miou_chart([1, 2], [0.1, 0.2])
 
 
 def test_trials_are_listed_and_the_best_and_the_default_marked(page: str) -> None:
