@@ -18,7 +18,7 @@ from pipeline.progress import announce
 from pipeline.run_record import RunRecord, read_record
 from pipeline.run_report import ReportConfig, report
 from pipeline.segmentation import SegmentConfig, segment
-from pipeline.sweep import SweepConfig, sweep
+from pipeline.sweep import SweepConfig, search_space, sweep
 from pipeline.training import MODEL_FOLDER, TrainConfig, train
 
 STAGES = ("ingest", "train", "evaluate", "sweep", "segment", "report")
@@ -103,16 +103,23 @@ def _stages(config: EndToEndConfig) -> list[_Stage]:
     def do_ingest(new: bool) -> RunRecord:
         return ingest(IngestConfig(config.source, places["ingest"], config.layout, new=new))
 
+    # Read before the first stage begins: a mistake in a later stage's file must not cost the stages before it.
+    train_config: TrainConfig = load(
+        TrainConfig, read_yaml(config.train), {"dataset": places["ingest"], "run": places["train"]}
+    )
+    sweep_config: SweepConfig = load(
+        SweepConfig, read_yaml(config.sweep), {"dataset": places["ingest"], "run": places["sweep"]}
+    )
+    search_space(sweep_config)
+
     def do_train(new: bool) -> RunRecord:
-        values = {"dataset": places["ingest"], "run": places["train"], "new": new}
-        return train(load(TrainConfig, read_yaml(config.train), values))
+        return train(dataclasses.replace(train_config, new=new))
 
     def do_evaluate(new: bool) -> RunRecord:
         return evaluate(EvaluateConfig(model, places["ingest"], places["evaluate"], new=new, **shared))
 
     def do_sweep(new: bool) -> RunRecord:
-        values = {"dataset": places["ingest"], "run": places["sweep"], "new": new}
-        return sweep(load(SweepConfig, read_yaml(config.sweep), values))
+        return sweep(dataclasses.replace(sweep_config, new=new))
 
     def do_segment(new: bool) -> RunRecord:
         return segment(SegmentConfig(model, config.photos, places["segment"], new=new, **shared))

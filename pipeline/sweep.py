@@ -110,11 +110,10 @@ def sweep(config: SweepConfig) -> RunRecord:
     config = dataclasses.replace(config, dataset=storage.absolute(config.dataset), run=storage.absolute(config.run))
     if config.trials < 1:
         raise PipelineError(f"trials is {config.trials}: give 1 or more.")
-    base = read_yaml(config.base) if config.base else {}
-    space = SearchSpace(base, config.fixed, config.space)
+    space = search_space(config)
     data = dataset.open(config.dataset)
     default = completed(space.config(config.dataset, config.run, {}), data)
-    inputs = {"dataset": data.info.fingerprint, "base": json.dumps(base, sort_keys=True)}
+    inputs = {"dataset": data.info.fingerprint, "base": json.dumps(space.base, sort_keys=True)}
     if not config.new:
         finished = finished_record(config.run, "sweep", config, inputs)
         if finished:
@@ -135,6 +134,11 @@ def sweep(config: SweepConfig) -> RunRecord:
             record.results = _write_best(config, space, trials, grid)
     announce(f"swept {config.run}/{BEST_FILE} ({_best_text(record.results)})")
     return record
+
+
+def search_space(config: SweepConfig) -> SearchSpace:
+    """The sweep's search space over its base configuration, which is read here; raises what `SearchSpace` raises."""
+    return SearchSpace(read_yaml(config.base) if config.base else {}, config.fixed, config.space)
 
 
 def _tuner(config: SweepConfig, space: SearchSpace, iterations: int, reporter: Reporter) -> tune.Tuner:

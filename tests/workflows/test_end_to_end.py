@@ -5,6 +5,7 @@ import pytest
 from pipeline import storage
 from pipeline.end_to_end import STAGES, EndToEndConfig, end_to_end
 from pipeline.errors import PipelineError
+from pipeline.run_record import read_record
 from tests.workflows.conftest import TinyChain
 
 pytestmark = pytest.mark.slow
@@ -38,12 +39,23 @@ def test_finished_stages_are_skipped_and_a_deleted_one_runs_again_with_those_aft
     assert rerun == ["evaluate", "sweep", "segment", "report"]
 
 
-def test_a_run_that_fails_names_the_reason_and_keeps_what_is_finished(
+def test_a_later_stage_s_bad_configuration_is_refused_before_the_first_begins(tiny: TinyChain) -> None:
+    config = EndToEndConfig(tiny.labelled, tiny.photos, "s3://test/refused", train=tiny.train, sweep="none.yaml")
+    with pytest.raises(PipelineError, match=r"none\.yaml"):
+        end_to_end(config)
+    assert not storage.exists("s3://test/refused")
+
+
+def test_a_failing_stage_says_why_and_what_is_finished_stays(
     tiny: TinyChain,
     ray_cluster: None,  # noqa: ARG001
 ) -> None:
-    config = EndToEndConfig(tiny.labelled, "s3://no-such-bucket/photos", "s3://test/fails", train=tiny.train)
-    with pytest.raises(PipelineError, match="sweep|no bucket named no-such-bucket"):
-        end_to_end(EndToEndConfig(**{**vars(config), "sweep": "workflows/presets/none.yaml"}))
-    assert storage.exists("s3://test/fails/train/model/model.safetensors")
-    assert not storage.exists("s3://test/fails/sweep/run.json")
+    root = "s3://test/fails"
+    config = EndToEndConfig(tiny.labelled, tiny.photos, root, train=tiny.train, sweep=tiny.sweep)
+    storage.write_bytes(f"{root}/train/run.json", b"not a record")
+    with pytest.raises(PipelineError, match=r"train/run\.json"):
+        end_to_end(config)
+    record = read_record(f"{root}/ingest")
+    assert record is not None
+    assert record.outcome == "done"
+    assert not storage.exists(f"{root}/train/model")

@@ -1,0 +1,73 @@
+"""The README's code blocks do what they say."""
+
+import re
+from pathlib import Path
+
+import duckdb
+import pytest
+import torch
+
+from pipeline.command_line import parse, parser_for
+from pipeline.end_to_end import EndToEndConfig
+from pipeline.evaluation import EvaluateConfig
+from pipeline.ingest import IngestConfig
+from pipeline.segmentation import SegmentConfig, segment
+from pipeline.street_scenes import write_street_scenes
+from pipeline.sweep import SweepConfig
+from pipeline.training import TrainConfig
+from rssnet import RSSNet, RSSNetConfig
+
+README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+MASKS = "demo-output/s3/street-scenes/results/segment"
+CONFIGS = {
+    "ingest": IngestConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "sweep": SweepConfig,
+    "segment": SegmentConfig,
+    "end_to_end": EndToEndConfig,
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def masks(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> str:  # noqa: ARG001
+    """Predictions of an untrained model for three street scenes, in a local folder."""
+    folder = tmp_path_factory.mktemp("readme")
+    write_street_scenes(folder, train=1, val=1, photos=3, size=(96, 128))
+    torch.manual_seed(0)
+    config = RSSNetConfig(
+        backbone="vit_tiny_patch16_224", backbone_options={"depth": 1}, num_classes=11, image_size=(64, 96)
+    )
+    RSSNet(config).save_pretrained(str(folder / "model"))
+    segment(SegmentConfig(str(folder / "model"), str(folder / "photos"), str(folder / "masks")))
+    return str(folder / "masks")
+
+
+def test_the_line_of_sql_reads_the_masks(masks: str) -> None:
+    (sql,) = blocks("sql")
+    rows = duckdb.sql(sql.replace(MASKS, masks)).fetchall()
+    assert len(rows) == 3
+    assert {row[-1] for row in rows} == {"ok"}
+
+
+def test_the_python_blocks_run(masks: str, capsys: pytest.CaptureFixture[str]) -> None:
+    job, reading, model = blocks("python")
+    compile(job, "README", "exec")  # its places are the reader's own
+    exec(reading.replace(MASKS, masks), {})
+    assert len(capsys.readouterr().out.strip().splitlines()) == 3
+    names: dict[str, object] = {}
+    exec(model, names)
+    logits = names["logits"]
+    assert isinstance(logits, torch.Tensor)
+    assert logits.shape == (1, 11, 48, 64)
+
+
+@pytest.mark.parametrize("workflow", CONFIGS)
+def test_each_command_is_a_valid_call(workflow: str) -> None:
+    (line,) = re.findall(rf"python workflows/{workflow}\.py +(.+)", README)
+    config_class = CONFIGS[workflow]
+    assert isinstance(parse(parser_for(config_class), config_class, line.split()), config_class)
