@@ -49,7 +49,7 @@ def masks(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> str:  
 
 def test_the_line_of_sql_reads_the_masks(masks: str) -> None:
     (sql,) = blocks("sql")
-    rows = duckdb.sql(sql.replace(MASKS, masks)).fetchall()
+    rows = duckdb.connect().execute(sql.replace(MASKS, masks)).fetchall()
     assert len(rows) == 3
     assert {row[-1] for row in rows} == {"ok"}
 
