@@ -7,16 +7,15 @@ from itertools import islice
 from typing import Any, cast
 
 import pyarrow as pa
-import ray.data
 import torch
 
 from pipeline import dataset, storage
 from pipeline.cluster import connected
-from pipeline.dataset import Chunk, SegmentationDataset
+from pipeline.dataset import SegmentationDataset
 from pipeline.errors import PipelineError
 from pipeline.images import decode_label, decode_photograph
 from pipeline.parquet_sink import write_table
-from pipeline.prediction import TASK_CPUS, InferenceConfig, PredictorActor, model_classes, model_id, predictor_pool
+from pipeline.prediction import InferenceConfig, PredictorActor, model_classes, model_id, predictor_pool
 from pipeline.progress import Progress, announce
 from pipeline.run_record import RunRecord, finished_record, record_run, refuse_other_work
 from rssnet.classes import Classes
@@ -146,17 +145,12 @@ def _evaluate_split(config: EvaluateConfig, data: SegmentationDataset) -> tuple[
     expected = data.split(config.split).rows
     num_classes = len(data.classes)
     pool = predictor_pool(config.workers, config.cpus_per_worker, config.use_gpu)
-    chunks = pa.Table.from_pylist([dataclasses.asdict(chunk) for chunk in data.chunks(config.split)])
-    batches = (
-        ray.data.from_arrow([chunks.slice(index, 1) for index in range(chunks.num_rows)])
-        .map_batches(_ChunkReader(config.batch_size), batch_format="pyarrow", num_cpus=TASK_CPUS)
-        .map_batches(
-            _Evaluator,
-            fn_constructor_args=(config.model, config.inference),
-            batch_size=config.batch_size,
-            batch_format="pyarrow",
-            **pool,
-        )
+    batches = data.ray(config.split, COLUMNS).map_batches(
+        _Evaluator,
+        fn_constructor_args=(config.model, config.inference),
+        batch_size=config.batch_size,
+        batch_format="pyarrow",
+        **pool,
     )
     total = ConfusionMatrix(num_classes, dataset.IGNORE_LABEL)
     images: list[dict[str, Any]] = []
@@ -170,19 +164,6 @@ def _evaluate_split(config: EvaluateConfig, data: SegmentationDataset) -> tuple[
     if not len(images) == distinct == expected:
         raise AssertionError(f"{expected} images became {len(images)} scores, {distinct} of them distinct")
     return total, pa.Table.from_pylist(images, schema=_IMAGE_SCORES).sort_by("image_id")
-
-
-@dataclass(frozen=True)
-class _ChunkReader:
-    """Chunks of a dataset, given as rows of their fields, to their rows, a few at a time."""
-
-    rows: int
-
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        for chunk in batch.to_pylist():
-            table = Chunk(**chunk).read(COLUMNS)
-            for start in range(0, table.num_rows, self.rows):
-                yield table.slice(start, self.rows)
 
 
 class _Evaluator(PredictorActor):

@@ -57,6 +57,12 @@ def _portrait() -> bytes:
         return _encoded(image, "JPEG", exif=exif)
 
 
+def _written(**values: str) -> pa.Table:
+    """A prediction row as a task writes it."""
+    row = {"image_uri": "a.jpg", "version": "1", "status": "ok", **values}
+    return pa.Table.from_pylist([{**dict.fromkeys(masks.PREDICTION_SCHEMA.names), **row}], masks.PREDICTION_SCHEMA)
+
+
 def _config(model: str, images: str, out: str, **settings: object) -> SegmentConfig:
     return dataclasses.replace(SegmentConfig(model, images, out, cpus_per_worker=0.5, batch_size=2), **settings)
 
@@ -284,15 +290,24 @@ def test_a_run_that_was_killed_is_completed_by_the_next(tiny_model, tmp_path):
 def test_a_run_that_another_has_overtaken_writes_no_more(tmp_path):
     url = str(tmp_path)
     storage.write_json(storage.join(url, prediction_rows.TURN_FILE), {"run_id": "later"})
-    empty = dict.fromkeys(masks.PREDICTION_SCHEMA.names)
-    rows = [{**empty, "image_uri": "a.jpg", "version": "1", "model_id": "m", "status": "ok"}]
-    table = pa.Table.from_pylist(rows, schema=masks.PREDICTION_SCHEMA)
     with Progress("segment", 1, "images") as progress:
         with pytest.raises(PipelineError, match="Another run, later, has begun"):
-            MaskSink(url, "earlier", progress.reporter).write([table], None)
+            MaskSink(url, "earlier", progress.reporter).write([_written(model_id="m")], None)
         assert masks.read_masks(url).num_rows == 0
-        MaskSink(url, "later", progress.reporter).write([table], None)
+        MaskSink(url, "later", progress.reporter).write([_written(model_id="m")], None)
     assert masks.read_masks(url).num_rows == 1
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_file_is_replaced_by_the_task_that_repeats_it_and_by_nothing_else(tmp_path):
+    url = str(tmp_path)
+    storage.write_json(storage.join(url, prediction_rows.TURN_FILE), {"run_id": "this"})
+    keys = [{"model_id": "m"}, {"model_id": "n"}, {"model_id": "m", "version": "2"}]
+    with Progress("segment", 6, "images") as progress:
+        for values in (*keys, *keys):
+            MaskSink(url, "this", progress.reporter).write([_written(**values)], None)
+    rows = masks.read_masks(url, columns=["model_id", "version"]).to_pylist()
+    assert sorted(tuple(row.values()) for row in rows) == [("m", "1"), ("m", "2"), ("n", "1")]
 
 
 def test_what_changed_between_listing_and_reading_is_not_taken_for_what_was_listed(tmp_path, monkeypatch):
