@@ -6,6 +6,7 @@ each with its channels and stride known before the first image. Knows nothing of
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 from collections.abc import Mapping, Sequence
@@ -175,14 +176,10 @@ class Backbone(nn.Module):
             unread = self._rehearse(self._build(arguments, image_size))
 
         self.weights_report: WeightsReport | None = None
-        self.body = self._build(arguments, image_size)
         if pretrained:
-            # Filled at the size that the weights were trained at, so that what is missing is really missing.
-            native_size = tuple(self.body.pretrained_cfg["input_size"][-2:])
-            source = self._build(arguments, native_size, prune=False)
-            self.weights_report = load_backbone_weights(source, pretrained)
-            self._prune(source)
-            self._load_resized(source, native_size)
+            self.body, self.weights_report = self._build_pretrained(arguments, pretrained)
+        else:
+            self.body = self._build(arguments, image_size)
         for name in unread:
             self.body.get_parameter(name).requires_grad_(False)
         if gradient_checkpointing:
@@ -218,7 +215,7 @@ class Backbone(nn.Module):
         Args:
             other: That backbone.
         """
-        self._load_resized(other.body, other.image_size)
+        self._load_resized(self.body, copy.deepcopy(other.body), other.image_size)
 
     def train(self, mode: bool = True) -> Backbone:
         """As in torch, but a frozen backbone stays in evaluation mode, its statistics and dropout fixed."""
@@ -230,6 +227,19 @@ class Backbone(nn.Module):
         if prune:
             self._prune(body)
         return body
+
+    def _build_pretrained(self, arguments: dict[str, Any], weights: bool | str) -> tuple[Any, WeightsReport]:
+        # Filled at the size that the weights were trained at, so that what is missing is really missing.
+        with torch.device("meta"):
+            native_size = tuple(_create(self.layout.name, arguments).pretrained_cfg["input_size"][-2:])
+        source = self._build(arguments, native_size, prune=False)
+        report = load_backbone_weights(source, weights)
+        self._prune(source)
+        if not self.layout.fixed_image_size or native_size == self.image_size:
+            return source, report
+        body = self._build(arguments, self.image_size)
+        self._load_resized(body, source, native_size)
+        return body, report
 
     def _prune(self, body: Any) -> None:
         body.prune_intermediate_layers(self._indices, prune_norm=True, prune_head=True)
@@ -263,10 +273,10 @@ class Backbone(nn.Module):
         torch.stack([feature.sum() for feature in maps]).sum().backward()
         return [name for name, parameter in body.named_parameters() if parameter.grad is None]
 
-    def _load_resized(self, source: Any, source_size: tuple[int, ...]) -> None:
+    def _load_resized(self, body: Any, source: Any, source_size: tuple[int, ...]) -> None:
         stride = self.layout.taps[0].stride
         load_resized(
-            self.body,
+            body,
             source,
             target_grid=(self.image_size[0] // stride, self.image_size[1] // stride),
             source_grid=(source_size[0] // stride, source_size[1] // stride),

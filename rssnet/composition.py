@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from .borders import replicate_border
 
 
 def window_shifts(tokens: Tensor, kernel_size: int) -> Iterator[Tensor]:
@@ -25,8 +26,7 @@ def window_shifts(tokens: Tensor, kernel_size: int) -> Iterator[Tensor]:
         k*k views (B, h, w, C); borders are replicated.
     """
     height, width = tokens.shape[-2:]
-    margin = kernel_size // 2
-    padded = F.pad(tokens, (margin, margin, margin, margin), mode="replicate").permute(0, 2, 3, 1)
+    padded = replicate_border(tokens, kernel_size // 2).permute(0, 2, 3, 1)
     for row in range(kernel_size):
         for column in range(kernel_size):
             yield padded[:, row : row + height, column : column + width]

@@ -3,6 +3,9 @@
 The paper (arXiv 2212.13764, abstract) says that region representations are made more discriminative by novel auxiliary
 supervisions. The layers here and those supervisions (rssnet.losses) are ours.
 
+In a layer, A_h = q_h k_h^T / sqrt(d_h) and R <- R + O(softmax over pixels (A_h) v_h), where q is a projection of the
+regions R and k, v are projections of the pixel tokens T; then self-attention among regions, then a feed-forward part.
+
 Shapes: B images, K classes (regions), d channels in H heads, N = h * w pixel tokens.
 """
 

@@ -168,6 +168,9 @@ class RSSNetDecoder(nn.Module):
         else:
             self.classify = nn.Conv2d(width, config.num_classes, kernel_size=1)
         self.classify_deep = nn.Conv2d(width, config.num_classes, kernel_size=1)
+        # As the maps are, once normalised: convolutions of mixed layouts are slower, and their gradients have strides
+        # that distributed training warns about.
+        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     @staticmethod
     def taps(config: RSSNetConfig, layout: BackboneLayout) -> tuple[Tap, ...]:

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
+from .borders import replicate_border
+
 STEM_STRIDE = 4
 
 
@@ -41,9 +43,7 @@ def local_discrepancy(features: Tensor, kernel_size: int) -> Tensor:
     Returns:
         (B, C, h, w).
     """
-    margin = kernel_size // 2
-    padded = F.pad(features, (margin, margin, margin, margin), mode="replicate")
-    return features - F.avg_pool2d(padded, kernel_size, stride=1)
+    return features - F.avg_pool2d(replicate_border(features, kernel_size // 2), kernel_size, stride=1)
 
 
 class DiscrepancyBlock(nn.Module):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import cast
+from os import PathLike
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +101,7 @@ class RSSNet(nn.Module):
         model.decoder.load_state_dict(self.decoder.state_dict())
         return model.train(self.training)
 
-    def save_pretrained(self, folder: str) -> None:
+    def save_pretrained(self, folder: str | PathLike[str]) -> None:
         """Writes `config.json`, `model.safetensors`, `classes.json` and a model card, `README.md`.
 
         Args:
@@ -110,7 +110,7 @@ class RSSNet(nn.Module):
         write_model(str(folder), Saved(config=self.config, classes=self.classes, weights=self.state_dict()))
 
     @classmethod
-    def from_pretrained(cls, source: str, image_size: int | tuple[int, int] | None = None) -> RSSNet:
+    def from_pretrained(cls, source: str | PathLike[str], image_size: int | tuple[int, int] | None = None) -> RSSNet:
         """Reads what `save_pretrained` wrote, in evaluation mode. Never downloads backbone weights, never unpickles.
 
         Args:
@@ -133,7 +133,7 @@ class RSSNet(nn.Module):
         model.load_state_dict(saved.weights)
         model.config = saved.config
         model.eval()
-        return model if image_size is None else cast(RSSNet, model.resized(image_size))
+        return model if image_size is None else model.resized(image_size)
 
 
 def _misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:

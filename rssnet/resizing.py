@@ -8,7 +8,6 @@ EVA-02, Hiera). Rotary embeddings hold no weights and are made for their size by
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -25,22 +24,21 @@ def load_resized(target: nn.Module, source: nn.Module, *, target_grid: Grid, sou
 
     Args:
         target: The model to fill.
-        source: The model to take from; it stays as it is.
+        source: The model to take from. It is resized on the way and of no further use: a copy would double its memory.
         target_grid: (height, width) of the target's patches.
         source_grid: (height, width) of the source's.
 
     Raises:
         ValueError: a weight that depends on the image size in a way that is not known here.
     """
-    donor = copy.deepcopy(source)
-    for name, module in donor.named_modules():
+    for name, module in source.named_modules():
         if hasattr(module, "set_window_size") and getattr(module, "window_size", None) is not None:
             resizable: Any = module
             resizable.set_window_size(target.get_submodule(name).window_size)
     expected = target.state_dict()
     weights = {
         name: _resize(name, tensor, expected[name].shape, source_grid, target_grid) if name in expected else tensor
-        for name, tensor in donor.state_dict().items()
+        for name, tensor in source.state_dict().items()
     }
     try:
         target.load_state_dict(weights)
