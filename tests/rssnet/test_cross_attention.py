@@ -67,6 +67,7 @@ def test_attention_logits_are_the_mean_over_heads_and_a_bias_per_class():
     fused = torch.randn(2, 16, 3, 4, dtype=torch.float64)
     state = module(fused)[0]
     layer = module.layers[0]
+    assert isinstance(layer, DiscriminativeLayer)
     tokens = module.norm_tokens(fused.flatten(2).transpose(1, 2))
     query = layer.query(layer.norm_cross(module.queries[None].expand(2, -1, -1))).reshape(2, 5, 4, 4)
     key = layer.key(tokens).reshape(2, 12, 4, 4)

@@ -39,6 +39,9 @@ def test_block_is_its_definition():
     block = DiscrepancyBlock(width=4, kernel_size=3, layer_scale=0.1).double()
     features = torch.randn(2, 4, 5, 6, dtype=torch.float64)
     joined = torch.cat([features, discrepancy_by_loops(features, 3)], dim=1)
+    assert block.reduce.bias is not None
+    assert block.mix.bias is not None
+    assert block.expand.bias is not None
     w1, w2 = block.reduce.weight[:, :, 0, 0], block.expand.weight[:, :, 0, 0]
     hidden = torch.einsum("oc,bchw->bohw", w1, joined) + block.reduce.bias[:, None, None]
     padded = F.pad(hidden, (1, 1, 1, 1))

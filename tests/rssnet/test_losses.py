@@ -282,20 +282,15 @@ def test_very_large_outputs_stay_finite(output, scale):
         return part.detach().mul(scale).requires_grad_()
 
     auxiliary = output.auxiliary
-    large = RSSNetOutput(
-        enlarge(output.logits),
-        auxiliary._replace(
-            deep_logits=enlarge(auxiliary.deep_logits),
-            attention=tuple(enlarge(part) for part in auxiliary.attention),
-            presence=tuple(enlarge(part) for part in auxiliary.presence),
-            regions=tuple(enlarge(part) for part in auxiliary.regions),
-        ),
+    logits, deep_logits = enlarge(output.logits), enlarge(auxiliary.deep_logits)
+    attention, presence, regions = (
+        tuple(enlarge(part) for part in parts) for parts in (auxiliary.attention, auxiliary.presence, auxiliary.regions)
     )
-    losses = RSSNetLoss(LossConfig(), K)(large, labels_of(height=64, width=64))
-    losses["loss"].backward()
+    large = auxiliary._replace(deep_logits=deep_logits, attention=attention, presence=presence, regions=regions)
+    losses = RSSNetLoss(LossConfig(), K)(RSSNetOutput(logits, large), labels_of(height=64, width=64))
     assert all(loss.isfinite() for loss in losses.values())
-    assert large.logits.grad.isfinite().all()
-    assert all(part.grad.isfinite().all() for part in large.auxiliary.attention)
+    enlarged = (logits, deep_logits, *attention, *presence, *regions)
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(losses["loss"], enlarged))
 
 
 def test_detached_prototypes_leave_pixels_alone(output):

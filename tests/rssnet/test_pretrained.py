@@ -1,6 +1,7 @@
 """Pre-trained weights from files and URLs: what fits, what is missing, what is left over, what is refused."""
 
 import pickle
+from typing import Any
 
 import fsspec
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 
 from rssnet import RSSNet, RSSNetConfig
 
-OPTIONS = {"depth": 2, "embed_dim": 48, "num_heads": 3}
+OPTIONS: dict[str, Any] = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 CONFIG = RSSNetConfig(
     backbone="vit_tiny_patch16_224", backbone_options=OPTIONS, num_classes=3, image_size=224, decoder_width=16
 )
@@ -43,9 +44,11 @@ def test_a_file_fills_the_backbone(published, tmp_path, ending, scheme):
         torch.save({"model": published, "epoch": 3}, path)
     backbone = load(f"{scheme}{path}")
     assert_filled(backbone, published)
-    assert backbone.weights_report.source == f"{scheme}{path}"
-    assert backbone.weights_report.missing == ()
-    assert backbone.weights_report.unexpected == ()  # a classifier is left out before anything is compared
+    report = backbone.weights_report
+    assert report is not None
+    assert report.source == f"{scheme}{path}"
+    assert report.missing == ()
+    assert report.unexpected == ()  # a classifier is left out before anything is compared
 
 
 def test_a_url_fills_the_backbone(published, tmp_path):
@@ -61,6 +64,7 @@ def test_missing_and_unexpected_weights_are_reported_and_logged(published, tmp_p
     save_file(weights, tmp_path / "weights.safetensors")
     with caplog.at_level("INFO", logger="rssnet"):
         report = load(tmp_path / "weights.safetensors").weights_report
+    assert report is not None
     assert report.missing == ("blocks.1.mlp.fc2.bias",)
     assert report.unexpected == ("blocks.7.extra",)
     assert "blocks.1.mlp.fc2.bias" in caplog.text
@@ -82,7 +86,7 @@ def test_weights_of_one_size_are_resized_to_another(published, tmp_path, image_s
 
 @pytest.mark.parametrize("name", ["hiera_tiny_224", "mvitv2_tiny"])
 def test_families_that_timm_does_not_resize_are_resized(tmp_path, name):
-    options = {"stages": (1, 1, 1, 1), "embed_dim": 24} if name.startswith("hiera") else {}
+    options: dict[str, Any] = {"stages": (1, 1, 1, 1), "embed_dim": 24} if name.startswith("hiera") else {}
     weights = timm.create_model(name, num_classes=0, **options).state_dict()
     save_file(weights, tmp_path / "weights.safetensors")
     config = RSSNetConfig(
@@ -94,6 +98,7 @@ def test_families_that_timm_does_not_resize_are_resized(tmp_path, name):
         pretrained=str(tmp_path / "weights.safetensors"),
     )
     model = RSSNet(config).eval()
+    assert model.backbone.weights_report is not None
     assert model.backbone.weights_report.missing == ()
     assert model(torch.randn(1, 3, 64, 64)).logits.isfinite().all()
 

@@ -118,6 +118,7 @@ def test_affinity_is_its_definition():
     separation = shaken(module("affinity", groups=1), scale=0.3).double()
     deep, local = torch.randn(1, 8, 3, 3, dtype=torch.float64), torch.randn(1, 6, 6, 6, dtype=torch.float64)
     weights = separation.weigh(deep, local)
+    assert separation.from_local is not None
     hidden = F.interpolate(separation.from_deep(deep), scale_factor=2, mode="bilinear") + separation.from_local(local)
     query = separation.query(F.gelu(separation.mix(F.gelu(hidden))))
     key = separation.key(deep)
