@@ -104,12 +104,8 @@ def differences(record: RunRecord, config: Any, inputs: dict[str, str]) -> list[
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """A dataclass configuration as JSON-able dicts, without the fields whose metadata say `identity: False`."""
-    document = {}
-    for item in dataclasses.fields(config):
-        if item.metadata.get("identity", True):
-            document[item.name] = _jsonable(getattr(config, item.name))
-    return document
+    """A dataclass configuration as JSON-able dicts, without fields, also nested ones, marked `identity: False`."""
+    return _jsonable(config)
 
 
 def refuse_other_work(url: str, workflow: str, config: Any, inputs: dict[str, str]) -> None:
@@ -205,7 +201,8 @@ def _now() -> str:
 
 def _jsonable(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {item.name: _jsonable(getattr(value, item.name)) for item in dataclasses.fields(value)}
+        kept = (item.name for item in dataclasses.fields(value) if item.metadata.get("identity", True))
+        return {name: _jsonable(getattr(value, name)) for name in kept}
     if isinstance(value, dict):
         return {str(key): _jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
