@@ -3,6 +3,8 @@
 import contextlib
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 
 import ray
@@ -10,6 +12,55 @@ import ray
 from pipeline.errors import PipelineError
 
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
+
+
+class Interrupted(BaseException):
+    """Ctrl-C or a termination signal, where Ray would make of it an exit with code 0 or a work that looks finished."""
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """A `with` block around Ray Train or Ray Tune, after which Ctrl-C means again what it meant before.
+
+    Ray Train 2.60 puts a handler of its own in place, which leaves the process with exit code 0, and does not take it
+    away again; Ray Tune's makes an interrupted search look like a finished one.
+
+    Raises:
+        Interrupted: if Ray ends the process inside the block.
+    """
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        if not in_main_thread:  # a trial that Ray Tune stops
+            raise
+        raise Interrupted("the process was asked to end") from error
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGINT, handler)
+
+
+def require_capacity(cpus: float, gpus: float, what: str, remedy: str) -> None:
+    """Refuse what this machine can never run; on a cluster that was joined by its address, which may grow, say so.
+
+    Args:
+        cpus, gpus: that all of it needs at the same time.
+        what: in words, e.g. `2 workers and what feeds them`.
+        remedy: what to lower.
+
+    Raises:
+        PipelineError: naming what is needed and what there is.
+    """
+    there = ray.cluster_resources()
+    have = {"CPU": there.get("CPU", 0.0), "GPU": there.get("GPU", 0.0)}
+    if cpus <= have["CPU"] + 1e-6 and gpus <= have["GPU"]:
+        return
+    text = f"{what} need {cpus:g} CPUs and {gpus:g} GPUs, but the cluster has {have['CPU']:g} and {have['GPU']:g}"
+    if not os.environ.get("RAY_ADDRESS"):
+        raise PipelineError(f"{text}: {remedy}.")
+    print(f"  {text}: waiting for it to grow", flush=True)
 
 
 @contextlib.contextmanager
@@ -34,26 +85,37 @@ def connected() -> Iterator[None]:
             ray.init(address="auto" if address == "auto" else address, **quiet)
         except (ConnectionError, RuntimeError) as error:
             raise PipelineError(
-                f"No Ray cluster answers at RAY_ADDRESS={address}: correct it, or unset it to start a local Ray."
+                f"The Ray cluster at RAY_ADDRESS={address} cannot be joined ({_first_line(error)}): "
+                "correct the address, or unset it to start a local Ray."
             ) from error
     else:
-        # Workers inherit it: OpenMP threads that spin while they wait for each other halve the speed of a shared machine.
+        # Workers inherit it: OpenMP threads that spin while they wait halve the speed of a machine that others use too.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         # The dashboard is what removes the placement groups of killed trials (ray 2.60), so a sweep needs it.
-        ray.init(
-            address="local",
-            num_cpus=max(2, os.cpu_count() or 2),  # one core must still decode beside a worker
-            include_dashboard=True,
-            dashboard_host="127.0.0.1",
-            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-            **quiet,
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(2, os.cpu_count() or 2),  # one core must still decode beside a worker
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+                **quiet,
+            )
+        except (OSError, RuntimeError, ValueError) as error:
+            raise PipelineError(
+                f"A local Ray could not be started ({_first_line(error)}): "
+                "check free ports, and free space on the disk and in /dev/shm."
+            ) from error
     for name in ("ray.train", "ray.tune", "ray.air"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # the stages say what they do and what went wrong
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _quiet_data() -> None:

@@ -15,6 +15,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from pipeline import storage
+from pipeline.cluster import Interrupted
 from pipeline.errors import PipelineError, mendable_cause
 
 
@@ -44,7 +45,11 @@ def parse(parser: ArgumentParser, config_class: type, arguments: Sequence[str] |
     Raises:
         WrongCall: for everything that cannot be understood.
     """
-    return _instance(parser, config_class, lambda: parser.parse_args(arguments))
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    for flag, following in zip(given, [*given[1:], ""], strict=True):
+        if flag == "--config" or flag.startswith("--config="):  # a URL with credentials is refused before it is opened
+            storage.split(flag.partition("=")[2] or following)
+    return _instance(parser, config_class, lambda: parser.parse_args(given))
 
 
 def read_yaml(url: str) -> dict[str, Any]:
@@ -120,18 +125,25 @@ def run_workflow(
 ) -> NoReturn:
     """Parse, do the work, and end the process with the right exit code."""
     parser = parser_for(config_class, description)
-    raise SystemExit(guarded(lambda: work(parse(parser, config_class, arguments))))
+    config = None
+
+    def parsed() -> None:
+        nonlocal config
+        config = parse(parser, config_class, arguments)
+
+    code = guarded(parsed)
+    raise SystemExit(code or guarded(lambda: work(config)))
 
 
 def guarded(work: Callable[[], object]) -> int:
     """Run `work` and return an exit code, printing one clear line for whatever goes wrong."""
     try:
         work()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted):
         print("interrupted: run the same command again to go on", file=sys.stderr, flush=True)
         return 130
     except WrongCall as error:
-        print(f"error: {error} See --help.", file=sys.stderr, flush=True)
+        print(f"error: {_redacted_line(str(error))} See --help.", file=sys.stderr, flush=True)
         return 2
     except Exception as error:
         print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
@@ -142,8 +154,17 @@ def guarded(work: Callable[[], object]) -> int:
 def _one_line(error: Exception) -> str:
     cause = mendable_cause(error)
     if cause is not None:
-        return " ".join(str(cause).split())
-    with tempfile.NamedTemporaryFile("w", prefix="rssnet-", suffix=".log", delete=False) as log:
-        traceback.print_exception(error, file=log)
+        return _redacted_line(str(cause))
+    full = storage.redacted("".join(traceback.format_exception(error)))
     first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
-    return f"unexpected {type(error).__name__}: {first[:300]} The full traceback is in {log.name}."
+    said = f"unexpected {type(error).__name__}: {_redacted_line(first)[:300]}"
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="rssnet-", suffix=".log", delete=False) as log:
+            log.write(full)
+    except OSError as failure:
+        return f"{said} The full traceback could not be kept: {failure}."
+    return f"{said} The full traceback is in {log.name}."
+
+
+def _redacted_line(text: str) -> str:
+    return storage.redacted(" ".join(text.split()))

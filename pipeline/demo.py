@@ -1,5 +1,7 @@
 """The demo: fills a local S3 server with street scenes or CamVid photographs, and runs the whole chain on it."""
 
+import hashlib
+import json
 import tempfile
 import time
 from pathlib import Path
@@ -8,7 +10,7 @@ from pipeline import storage
 from pipeline.end_to_end import EndToEndConfig, end_to_end
 from pipeline.errors import PipelineError
 from pipeline.local_s3 import LocalS3
-from pipeline.masks import read_masks
+from pipeline.masks import open_masks
 from pipeline.prediction import InferenceConfig
 from pipeline.progress import announce
 from pipeline.report import FILE_NAME
@@ -16,6 +18,7 @@ from pipeline.run_record import RunRecord
 from pipeline.street_scenes import write_street_scenes
 
 SCENES = {"train": 160, "val": 32, "photos": 48}
+CAMVID_FOLDERS = ("train", "trainannot", "val", "valannot")
 READY_MARK = ".uploaded"
 
 
@@ -32,18 +35,18 @@ def demo(data: str, output: str) -> None:
     begun = time.monotonic()
     folder = Path(output).expanduser().absolute()
     camvid = Path(data).expanduser().absolute() if data else None
-    if camvid and not (camvid / "trainannot").is_dir():
-        raise PipelineError(f"{camvid} is not CamVid's folder (it has no trainannot/): correct DATA, or leave it out.")
+    if camvid:
+        _require_camvid(camvid)
     bucket = "camvid" if camvid else "street-scenes"
     with LocalS3(folder / "s3") as server:
         server.create_bucket(bucket)
         announce(f"local S3 at {server.endpoint}, kept in {server.folder}")
-        labelled, photos = _filled(bucket, camvid)
+        labelled, photos = fill_bucket(bucket, camvid)
         server.save()
         config = EndToEndConfig(
             source=labelled,
             photos=photos,
-            root=f"s3://{bucket}/results",
+            root=_root(bucket),
             inference=InferenceConfig(scales=(0.5,)),
             cpus_per_worker=1.5,
             mirror=str(server.folder),
@@ -54,14 +57,42 @@ def demo(data: str, output: str) -> None:
         _last_screen(config, records, report, server.folder / bucket, time.monotonic() - begun)
 
 
-def _filled(bucket: str, camvid: Path | None) -> tuple[str, str]:
-    """Put the images into the bucket, if they are not there yet; the URLs of the labelled ones and the photographs."""
+def _root(bucket: str) -> str:
+    return f"s3://{bucket}/results"
+
+
+def _require_camvid(folder: Path) -> None:
+    lacking = [name for name in CAMVID_FOLDERS if not any((folder / name).glob("*"))]
+    if lacking:
+        raise PipelineError(
+            f"{folder} is not CamVid's folder (nothing in {', '.join(f'{name}/' for name in lacking)}): "
+            "correct DATA, or leave it out."
+        )
+
+
+def fill_bucket(bucket: str, camvid: Path | None) -> tuple[str, str]:
+    """Put the images into a bucket; those of an earlier demo stay if they are the same, and are replaced if not.
+
+    Args:
+        bucket: name of a bucket that is there.
+        camvid: CamVid's folder; None for generated street scenes.
+
+    Returns:
+        The URLs of the labelled images and of the photographs.
+    """
     labelled, photos, mark = f"s3://{bucket}/labelled", f"s3://{bucket}/photos", f"s3://{bucket}/{READY_MARK}"
+    source = _digest(camvid)
     if storage.exists(mark):
-        return labelled, photos
+        if storage.read_bytes(mark) == source:
+            return labelled, photos
+        announce(f"s3://{bucket} has the images of another demo: they and what was made of them are replaced")
+        storage.delete(mark)  # first: killed in between, what is half replaced is not taken for either
+    # Without the ingested images every later stage is out of date, and replaced in its turn.
+    for place in (labelled, photos, storage.join(_root(bucket), "ingest")):
+        storage.delete(place)
     if camvid:
         announce(f"uploading CamVid from {camvid}")
-        for part in ("train", "trainannot", "val", "valannot"):
+        for part in CAMVID_FOLDERS:
             storage.upload_folder(camvid / part, f"{labelled}/{part}")
         storage.upload_folder(camvid / "val", photos)
     else:
@@ -70,8 +101,17 @@ def _filled(bucket: str, camvid: Path | None) -> tuple[str, str]:
             write_street_scenes(Path(drawn), **SCENES)
             storage.upload_folder(Path(drawn) / "labelled", labelled)
             storage.upload_folder(Path(drawn) / "photos", photos)
-    storage.write_bytes(mark, b"")
+    storage.write_bytes(mark, source)
     return labelled, photos
+
+
+def _digest(camvid: Path | None) -> bytes:
+    """What tells one set of images from another: names and sizes of CamVid's files, or how many scenes are drawn."""
+    described: object = SCENES
+    if camvid:
+        files = [file for name in CAMVID_FOLDERS for file in sorted((camvid / name).rglob("*")) if file.is_file()]
+        described = [(file.relative_to(camvid).as_posix(), file.stat().st_size) for file in files]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest().encode()
 
 
 def _last_screen(
@@ -84,7 +124,7 @@ def _last_screen(
         "",
         f"Done in {seconds:.0f} s.",
         f"  report    {report}",
-        f"  masks     {masks} ({read_masks(masks).num_rows} rows; on disk below {mirror}/results/segment)",
+        f"  masks     {masks} ({open_masks(masks).count_rows()} rows; on disk below {mirror}/results/segment)",
         f"  scores    mIoU {scores['miou']:.3f}, pixel accuracy {scores['aacc']:.3f} ({config.root}/evaluate)",
         f"  model     {config.root}/train/model",
         f"  sweep     trial {best['best_trial']} of {records['sweep'].counts['trials']} is best ({config.root}/sweep)",

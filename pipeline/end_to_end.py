@@ -1,7 +1,7 @@
 """The whole chain as one durable run: ingest, train, evaluate, sweep, segment, report, each on its final contract.
 
 What is done is not done again. A stage runs if it has no finished record for the same work, or if a stage before it has
-run since; so deleting one stage's output runs that stage and those after it.
+run since; so deleting one stage's output, changing its configuration or its input runs that stage and those after it.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from pipeline.evaluation import EvaluateConfig, evaluate
 from pipeline.ingest import IngestConfig, ingest
 from pipeline.prediction import InferenceConfig
 from pipeline.progress import announce
-from pipeline.run_record import RunRecord, read_record
+from pipeline.run_record import OtherWork, RunRecord, read_record
 from pipeline.run_report import ReportConfig, report
 from pipeline.segmentation import SegmentConfig, segment
 from pipeline.sweep import SweepConfig, search_space, sweep
@@ -78,11 +78,21 @@ def end_to_end(config: EndToEndConfig, after_stage: Callable[[], object] | None 
     with connected():
         for number, stage in enumerate(stages, start=1):
             announce(f"[{number}/{len(stages)}] {stage.name}: {stage.place}")
-            previous = stage.work(_is_stale(read_record(stage.place), previous))
+            previous = _run(stage, previous)
             records[stage.name] = previous
             if after_stage:
                 after_stage()
     return records
+
+
+def _run(stage: "_Stage", previous: RunRecord | None) -> RunRecord:
+    if _is_stale(read_record(stage.place), previous):
+        return stage.work(True)
+    try:
+        return stage.work(False)
+    except OtherWork as changed:
+        announce(f"  {changed.args[0].partition(': choose')[0]}; it is replaced")
+        return stage.work(True)
 
 
 def _is_stale(record: RunRecord | None, previous: RunRecord | None) -> bool:

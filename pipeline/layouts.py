@@ -134,10 +134,13 @@ def _folders(source: str, objects: list[storage.StoredObject]) -> Layout:
     values = {value: value for value in range(len(classes.names))} | {ignore: IGNORE_LABEL}
     layout = Layout("folders", classes, values)
     by_folder = _by_folder(source, objects, depth=2)
-    for folder in sorted(by_folder):
-        kind, _, split = folder.partition("/")
-        if kind == "images" and split:
-            _pair_up(layout, split, by_folder[folder], by_folder.get(f"labels/{split}", []), source)
+    parts = [folder.partition("/") for folder in by_folder]
+    for split in sorted({split for kind, _, split in parts if kind in ("images", "labels") and split}):
+        if split.startswith("_"):
+            raise PipelineError(
+                f"{source} has a split named {split!r}: rename it, a leading _ is for what is no split."
+            )
+        _pair_up(layout, split, by_folder.get(f"images/{split}", []), by_folder.get(f"labels/{split}", []), source)
     return layout
 
 

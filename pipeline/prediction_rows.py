@@ -30,7 +30,8 @@ READ_WAITS = (0.5, 2.0)  # seconds between attempts to read an image that storag
 
 STORAGE_ERROR = "storage_error"  # storage did not give the image
 CHANGED = "changed"  # the version that was listed was overwritten or deleted before it was read
-TRIED_AGAIN = (STORAGE_ERROR, CHANGED)  # the statuses whose rows the next run replaces by another attempt
+INFERENCE_ERROR = "inference_error"  # the model fails on this image alone
+TRIED_AGAIN = (STORAGE_ERROR, CHANGED, INFERENCE_ERROR)  # the next run replaces their rows by another attempt
 
 LISTED = pa.schema([("image_uri", pa.string()), ("version", pa.string())])
 PIXELS = pa.schema(
@@ -140,20 +141,38 @@ class Summary:
         return cls(statuses, sorted(failures, key=lambda row: row["image_uri"])[:SHOWN_FAILURES])
 
 
+class LostTurn(PipelineError):
+    """Another run has begun to write to the same place."""
+
+
 class MaskSink(ParquetSink):
-    """Writes prediction rows below `url`, as long as the run has the turn there."""
+    """Writes prediction rows below `url`, as long as the run has the turn there.
+
+    Encoding and uploading take long enough for another run to take the turn meanwhile. It may have looked before these
+    rows appeared, and so make them itself: they are taken away again.
+    """
 
     def __init__(self, url: str, run_id: str, reporter: Reporter) -> None:
         super().__init__(url, _route, masks.KEY, Summary.of, reporter, ROWS_PER_FILE)
         self.run_id = run_id
 
     def write(self, blocks: Iterable[Block], ctx: Any) -> Written:
+        self._require_turn()
+        written = super().write(blocks, ctx)
+        try:
+            self._require_turn()
+        except LostTurn:
+            for file in written.files:
+                storage.delete(storage.join(self.url, file.path))
+            raise
+        return written
+
+    def _require_turn(self) -> None:
         holder = storage.read_json(storage.join(self.url, TURN_FILE))["run_id"]
         if holder != self.run_id:
-            raise PipelineError(
+            raise LostTurn(
                 f"Another run, {holder}, has begun to write to {self.url}, so this one stops: let the other one finish."
             )
-        return super().write(blocks, ctx)
 
 
 def _route(table: pa.Table) -> Iterator[tuple[str, pa.Table]]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import rssnet
 from pipeline import storage
 from pipeline.errors import PipelineError, mendable_cause
 
@@ -92,15 +93,17 @@ def finished_record(url: str, workflow: str, config: Any, inputs: dict[str, str]
 
 
 def differences(record: RunRecord, config: Any, inputs: dict[str, str]) -> list[str]:
-    """How the work at hand differs from the recorded one: one line per field, `name: recorded -> now`."""
-    recorded = {**_flat(record.config), **{f"input {name}": value for name, value in record.inputs.items()}}
-    now = {**_flat(identity(config)), **{f"input {name}": value for name, value in inputs.items()}}
-    absent = "(absent)"
-    return [
+    """How the work at hand differs from the recorded one: `name: recorded -> now` per field, and the inputs by name."""
+    recorded, now, absent = _flat(record.config), _flat(identity(config)), "(absent)"
+    fields = [
         f"{name}: {recorded.get(name, absent)} -> {now.get(name, absent)}"
         for name in sorted(recorded.keys() | now.keys())
         if recorded.get(name, absent) != now.get(name, absent)
     ]
+    changed = sorted(
+        name for name in record.inputs.keys() | inputs.keys() if record.inputs.get(name) != inputs.get(name)
+    )
+    return fields + [f"another {name}" for name in changed]
 
 
 def identity(config: Any) -> dict[str, Any]:
@@ -108,15 +111,23 @@ def identity(config: Any) -> dict[str, Any]:
     return _jsonable(config)
 
 
-def refuse_other_work(url: str, workflow: str, config: Any, inputs: dict[str, str]) -> None:
-    """Raise PipelineError if `url` holds the record of other work than this; a place is an identity."""
+class OtherWork(PipelineError):
+    """A place holds the output of another configuration or of other inputs."""
+
+
+def refuse_other_work(url: str, workflow: str, config: Any, inputs: dict[str, str], resumes: bool = False) -> None:
+    """Raise `OtherWork` if `url` holds what other work than this has made; a place is an identity.
+
+    Args:
+        resumes: whether the workflow goes on with what an unfinished run left; if not, there is nothing of it to lose.
+    """
     record = read_record(url)
     if record is None:
         return
     _refuse_other_workflow(url, record, workflow)
     changed = differences(record, config, inputs)
-    if changed:
-        raise PipelineError(
+    if changed and (resumes or record.outcome == "done"):
+        raise OtherWork(
             f"{url} holds the {workflow} of another configuration ({'; '.join(changed)}): "
             "choose another place, or pass --new true to replace what is there."
         )
@@ -143,17 +154,20 @@ def record_run(
     earlier = read_record(url)
     if earlier:
         _refuse_other_workflow(url, earlier, workflow)
-    if not keep:
-        for output in {*outputs, *(earlier.outputs if earlier else [])}:
-            storage.delete(storage.join(url, output))
-    record = RunRecord(workflow, identity(config), inputs, outputs, versions=versions(), started=_now())
+    # Until it is deleted, what an earlier run left belongs to this record, so that no kill can leave it without one.
+    owned = outputs + [output for output in (earlier.outputs if earlier else []) if output not in outputs]
+    record = RunRecord(workflow, identity(config), inputs, owned, versions=versions(), started=_now())
     begun = time.monotonic()
     _write(url, record)
     try:
+        if not keep:  # only now that the record no longer says `done`
+            for output in owned:
+                storage.delete(storage.join(url, str(output)))
+        record.outputs = outputs
         yield record
     except BaseException as error:
         record.outcome = "failed"
-        record.error = storage.redacted(str(mendable_cause(error) or f"{type(error).__name__}: {error}"))[:2000]
+        record.error = _reason(error)
         record.finished, record.seconds = _now(), round(time.monotonic() - begun, 3)
         with suppress(storage.StorageError):  # the failure being raised matters more; the record then stays `running`
             _write(url, record)
@@ -163,10 +177,17 @@ def record_run(
     _write(url, record)
 
 
+def _reason(error: BaseException) -> str:
+    if not isinstance(error, Exception):  # Ctrl-C, or the process was asked to end
+        return "interrupted"
+    return storage.redacted(str(mendable_cause(error) or f"{type(error).__name__}: {error}"))[:2000]
+
+
 def versions() -> dict[str, str]:
     """Versions that a result depends on."""
-    found = {"python": platform.python_version()}
-    for name in ("rssnet", "torch", "timm", "ray"):
+    # Not from the package's metadata: under `ray job submit --working-dir .` this code runs without being installed.
+    found = {"python": platform.python_version(), "rssnet": rssnet.__version__}
+    for name in ("torch", "timm", "ray"):
         found[name] = importlib.metadata.version(name)
     commit = _commit()
     if commit:

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-from pipeline import dataset, images, storage
-from pipeline.masks import decode, read_masks
+from pipeline import dataset, images, masks, storage
+from pipeline.evaluation import SCORES_FILE
 from pipeline.progress import announce
 from pipeline.report import (
     FILE_NAME,
@@ -23,6 +24,7 @@ from pipeline.report import (
     write_report,
 )
 from pipeline.run_record import RunRecord, finished_record, read_record, record_run, refuse_other_work
+from pipeline.sweep import TRIALS_FILE
 from pipeline.training import HISTORY_FILE
 
 OVERLAYS = 8
@@ -42,7 +44,7 @@ class ReportConfig:
 
     root: str
     out: str
-    mirror: str = ""
+    mirror: str = field(default="", metadata={"identity": False})
     new: bool = field(default=False, metadata={"identity": False})
 
 
@@ -87,7 +89,7 @@ def _gathered(config: ReportConfig, records: dict[str, RunRecord]) -> Report:
         curve=[CurvePoint(int(point["iteration"]), point["loss"], point["lr"]) for point in history["training"]],
         validation=[ValidationPoint(int(point["iteration"]), point["miou"]) for point in history["validation"]],
         trials=_trials(places["sweep"]),
-        overlays=_overlays(places["segment"]),
+        overlays=overlays(places["segment"], records["segment"].results["model_id"]),
         masks=places["segment"],
         mirror=Path(config.mirror) if config.mirror else None,
         versions=records["train"].versions,
@@ -99,7 +101,7 @@ def _detail(record: RunRecord) -> str:
 
 
 def _scores(place: str) -> Scores:
-    document: dict[str, Any] = storage.read_json(storage.join(place, "scores.json"))
+    document: dict[str, Any] = storage.read_json(storage.join(place, SCORES_FILE))
     return Scores(
         split=document["split"],
         images=document["images"],
@@ -112,7 +114,7 @@ def _scores(place: str) -> Scores:
 
 
 def _trials(place: str) -> list[Trial]:
-    filesystem, path = storage.arrow_filesystem(storage.join(place, "trials.parquet"))
+    filesystem, path = storage.arrow_filesystem(storage.join(place, TRIALS_FILE))
     rows = pq.read_table(path, filesystem=filesystem).to_pylist()
     return [
         Trial(row["trial"], yaml.safe_load(row["parameters"]), row["miou"], row["iterations"], row["state"])
@@ -120,12 +122,39 @@ def _trials(place: str) -> list[Trial]:
     ]
 
 
-def _overlays(place: str) -> list[Overlay]:
-    """Photographs with their masks, spread evenly over all that have one."""
-    rows = [row for row in read_masks(place).to_pylist() if row["status"] == "ok"]
-    step = max(1, len(rows) // OVERLAYS)
-    chosen = itertools.islice(sorted(rows, key=lambda row: row["image_uri"])[::step], OVERLAYS)
+def overlays(url: str, model_id: str) -> list[Overlay]:
+    """Photographs with their masks, at most `OVERLAYS`, spread evenly over all that the model has segmented.
+
+    Only those are loaded. A photograph that is gone or was replaced since gives way to its neighbour.
+
+    Args:
+        url: the output place of a segmentation.
+        model_id: whose masks to show, as `pipeline.prediction.model_id` has it.
+    """
+    of_model = pc.field("model_id") == model_id
+    rows = masks.open_masks(url)
+    columns = ["image_uri", "version"]
+    found = rows.to_table(columns=columns, filter=of_model & (pc.field("status") == masks.OK))
+    keys = found.sort_by("image_uri").to_pylist()
+    bounds = [len(keys) * part // OVERLAYS for part in range(OVERLAYS + 1)]
+    chosen: dict[tuple[str, str], bytes] = {}
+    for start, end in itertools.pairwise(bounds):
+        for key in keys[start:end]:
+            photograph = _photograph(**key)
+            if photograph is not None:
+                chosen[key["image_uri"], key["version"]] = photograph
+                break
+    shown = of_model & pc.field("image_uri").isin([uri for uri, _ in chosen])
     return [
-        Overlay(row["image_uri"], images.decode_photograph(storage.read_bytes(row["image_uri"])), decode(row))
-        for row in chosen
+        Overlay(row["image_uri"], images.decode_photograph(chosen[key]), masks.decode(row))
+        for row in rows.to_table(filter=shown).sort_by("image_uri").to_pylist()
+        if (key := (row["image_uri"], row["version"])) in chosen
     ]
+
+
+def _photograph(image_uri: str, version: str) -> bytes | None:
+    """The bytes of this version of a photograph; None if it is there no more."""
+    try:
+        return storage.read_bytes(image_uri) if storage.stat(image_uri).version == version else None
+    except FileNotFoundError:
+        return None

@@ -25,9 +25,10 @@ from pipeline.images import decode_label, decode_photograph
 from pipeline.transforms import Augmentation
 
 WINDOW_CHUNKS = 4  # row groups whose rows are shuffled among each other
-WINDOWS_AHEAD = 4  # windows that are being read while one is consumed
+WINDOWS_AHEAD = 2  # windows that are being read at a time
 BATCHES_AHEAD = 4  # that a task makes before it waits for its consumer
-TASK_CPUS = 0.25
+TASK_CPUS = 0.2
+FEEDING_CPUS = WINDOWS_AHEAD * TASK_CPUS  # that a worker needs beside its own, or a task that waits could stop the rest
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,7 @@ def sample_batches(
     Yields:
         `image` (B, 3, h, w) uint8, `label` (B, h, w) uint8 and `image_id` (B,). A last, smaller batch is left out.
     """
-    task = ray.remote(
-        _read_window
-    ).options(
+    task = ray.remote(_read_window).options(
         num_cpus=TASK_CPUS,
         num_returns="streaming",
         scheduling_strategy="SPREAD",  # else a trial's placement group would hold it, without a CPU for it

@@ -4,11 +4,18 @@ What makes a row stand once, whatever is killed:
 
 - Only listed (image, version) pairs without a row of this model are segmented, so a run goes on where one was killed.
 - A file of rows appears whole or not at all, and is named after its rows: a task that Ray repeats replaces its file.
-- A run takes the turn at its output before it looks which rows are there, and tasks write only while their run has the
-  turn: what is left of a killed run, or of one that another has overtaken, writes nothing any more.
+- A run takes the turn at its output before it looks which rows are there. Tasks of a killed run, or of one that another
+  has overtaken, write nothing any more; what one of them was just writing when it lost the turn, it deletes again.
 
-An image that cannot be used is a row that says why, and stays. One that storage did not give, or that was overwritten
-or deleted between listing and reading, is a row too, but the next run takes it away and tries again.
+No store has a write that depends on another object, so a gap is left. If a task loses the turn while it writes a file,
+readers may see its rows beside those of the new run for the moment from the write to the deletion, milliseconds; should
+its process be killed just then, both stay. If the new run has looked in that moment, or writes a file of the very same
+rows, the deletion takes rows that it counts on: it looks again at its end, fails, and the next run makes what is
+missing.
+
+An image that cannot be used is a row that says why, and stays. One that storage did not give, that was overwritten or
+deleted between listing and reading, or that the model failed on, is a row too, but the next run takes it away and tries
+again: whether memory is enough depends on the machine and on settings that leave the model's id as it is.
 """
 
 import dataclasses
@@ -37,6 +44,7 @@ from pipeline.prediction import (
 )
 from pipeline.prediction_rows import (
     CLASS_MAPS,
+    INFERENCE_ERROR,
     LISTED,
     STORAGE_ERROR,
     TRIED_AGAIN,
@@ -47,8 +55,9 @@ from pipeline.prediction_rows import (
     read_images,
 )
 from pipeline.progress import Progress, announce
-from pipeline.run_record import RunRecord, finished_record, read_record, record_run
+from pipeline.run_record import RunRecord, finished_record, record_run
 from pipeline.storage import StoredObject
+from rssnet.inference import Prediction, Predictor
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 WORKFLOW = "segment"
@@ -101,8 +110,8 @@ def segment(config: SegmentConfig) -> RunRecord:
     gone, of older versions and of other models stay.
 
     Raises:
-        PipelineError: if the model, the images or the output cannot serve, if not a single pending image could be
-            fetched, or if another run has begun at the same output.
+        PipelineError: if the model, the images or the output cannot serve, if another run has begun at the same output,
+            or if no image has a result yet and storage gave none or the model failed on all that it was given.
     """
     config = dataclasses.replace(
         config,
@@ -113,7 +122,6 @@ def segment(config: SegmentConfig) -> RunRecord:
     listing = _Listing.of(config)
     model = model_id(config.model, config.inference)
     inputs = {"model": model, "images": listing.digest()}
-    _refuse_other_output(config.out)
     if not config.new:
         finished = finished_record(config.out, WORKFLOW, config, inputs)
         if finished and not _pending(listing, _Rows.of(config.out, model)).num_rows:
@@ -140,6 +148,7 @@ def segment(config: SegmentConfig) -> RunRecord:
             with connected():
                 summary = _segment_pending(config, model, pending, record.run_id)
         _finish(record, model, summary)
+        _require_all_rows(config, listing, model, summary)
     announce(f"segmented {config.images} into {config.out} ({_counts_text(record.counts)})")
     return record
 
@@ -222,12 +231,6 @@ def _pending(listing: _Listing, rows: _Rows) -> pa.Table:
     return listing.table().join(rows.done, keys=keys, join_type="left anti").sort_by("image_uri")
 
 
-def _refuse_other_output(url: str) -> None:
-    record = read_record(url)
-    if record is not None and record.workflow != WORKFLOW:
-        raise PipelineError(f"{url} holds the output of {record.workflow}, not of {WORKFLOW}: choose another place.")
-
-
 def _segment_pending(config: SegmentConfig, model: str, pending: pa.Table, run_id: str) -> Summary:
     """Read, segment, encode and write."""
     palette = model_classes(config.model).palette
@@ -259,18 +262,38 @@ def _segment_pending(config: SegmentConfig, model: str, pending: pa.Table, run_i
 
 
 def _finish(record: RunRecord, model: str, summary: Summary) -> None:
-    """Put what happened into the record, and refuse to call a run done in which storage gave nothing at all."""
+    """Put what happened into the record, and refuse to call a run done in which nothing works at all.
+
+    Where images have results from before, storage and model do work: what failed this time is announced, and must not
+    make every later run fail.
+    """
     statuses, failures = summary.statuses, summary.failures
     record.counts |= {"ok": statuses[masks.OK], "failed": statuses.total() - statuses[masks.OK]}
     record.results = {"model_id": model, "statuses": dict(sorted(statuses.items())), "first_failures": failures}
-    if statuses[STORAGE_ERROR] and statuses[STORAGE_ERROR] == statuses.total():
-        raise PipelineError(
-            f"None of the {statuses.total()} pending images could be read; the first: {failures[0]['error']}"
-        )
+    if not record.counts["done_before"]:
+        if statuses[STORAGE_ERROR] and statuses[STORAGE_ERROR] == statuses.total():
+            raise PipelineError(
+                f"None of the {statuses.total()} pending images could be read; the first: {failures[0]['error']}"
+            )
+        if statuses[INFERENCE_ERROR] and not statuses[masks.OK]:
+            error = next((row["error"] for row in failures if row["status"] == INFERENCE_ERROR), "see the rows")
+            raise PipelineError(
+                f"The model failed on each of the {statuses[INFERENCE_ERROR]} images that it was given: {error}"
+            )
     if failures:
         announce(
             f"  {record.counts['failed']} images could not be segmented, "
             f"the first: {failures[0]['image_uri']}: {failures[0]['error']}"
+        )
+
+
+def _require_all_rows(config: SegmentConfig, listing: _Listing, model: str, summary: Summary) -> None:
+    """Refuse to call a run done if a task of an overtaken run has deleted rows that this one counts on."""
+    to_be_tried_again = sum(summary.statuses[status] for status in TRIED_AGAIN)
+    missing = _pending(listing, _Rows.of(config.out, model)).num_rows - to_be_tried_again
+    if missing > 0:
+        raise PipelineError(
+            f"{missing} images have lost their rows in {config.out} to a run that this one has overtaken: run again."
         )
 
 
@@ -279,7 +302,7 @@ def _counts_text(counts: dict[str, int]) -> str:
 
 
 class Segmenter(PredictorActor):
-    """Rows of `PIXELS` to rows of `CLASS_MAPS`."""
+    """Rows of `PIXELS` to rows of `CLASS_MAPS`; an image that the model fails on stays a row, with the reason."""
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = batch.drop_columns("pixels").to_pylist()
@@ -289,7 +312,7 @@ class Segmenter(PredictorActor):
         return pa.Table.from_pylist(rows, schema=CLASS_MAPS)
 
     def _segment(self, rows: list[dict[str, Any]], readable: list[int], pixels: pa.ChunkedArray) -> None:
-        """Add class map and confidence to the rows that have pixels."""
+        """Add class map and confidence, or why there are none, to the rows that have pixels."""
         images = [
             torch.frombuffer(bytearray(pixels[index].as_buffer()), dtype=torch.uint8)
             .view(rows[index]["height"], rows[index]["width"], 3)
@@ -297,6 +320,21 @@ class Segmenter(PredictorActor):
             for index in readable
         ]
         dtype = masks.dtype(self.predictor.model.config.num_classes)
-        for index, prediction in zip(readable, self.predictor(images), strict=True):
-            rows[index]["class_map"] = prediction.class_map.numpy().astype(dtype).tobytes()
-            rows[index]["confidence"] = prediction.confidence.mean().item()
+        for index, prediction in zip(readable, _predictions(self.predictor, images), strict=True):
+            if isinstance(prediction, str):
+                rows[index] |= {"status": INFERENCE_ERROR, "error": prediction}
+            else:
+                rows[index]["class_map"] = prediction.class_map.numpy().astype(dtype).tobytes()
+                rows[index]["confidence"] = prediction.confidence.mean().item()
+
+
+def _predictions(predictor: Predictor, images: list[torch.Tensor]) -> list[Prediction | str]:
+    """The prediction of each image, or why there is none; if the model fails on several together, one by one."""
+    try:
+        return list(predictor(images))
+    except torch.AcceleratorError:
+        raise  # the device is of no use to this process any more: no image's fault
+    except (ValueError, RuntimeError, MemoryError) as error:  # torch's out of memory is a RuntimeError
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    # Only here, after the error and with it the tensors of the failed attempt are gone.
+    return [reason] if len(images) == 1 else [_predictions(predictor, [image])[0] for image in images]

@@ -280,6 +280,8 @@ def delete(url: str) -> None:
 def upload_folder(folder: Path, url: str) -> None:
     """Copy every file below a local folder to `url`, each atomically, to an object store several at a time."""
     scheme, _ = split(url)
+    if not folder.is_dir():
+        raise StorageError(f"There is no folder {folder} to upload: correct the path.")
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
     places = [join(url, file.relative_to(folder).as_posix()) for file in files]
     if scheme == "file":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,21 +20,20 @@ from ray.tune.search import BasicVariantGenerator
 from ray.tune.search.optuna import OptunaSearch
 
 from pipeline import dataset, storage
-from pipeline.cluster import connected
+from pipeline.cluster import connected, interruptible
 from pipeline.command_line import read_yaml
 from pipeline.errors import PipelineError, mendable_cause
 from pipeline.parquet_sink import write_table
 from pipeline.progress import Progress, Reporter, announce
 from pipeline.run_record import RunRecord, finished_record, identity, record_run, refuse_other_work
 from pipeline.search_space import SearchSpace
-from pipeline.training import completed, fit, require_resources
+from pipeline.training import completed, fit, needed_cpus, require_resources
 
 BEST_FILE = "best.yaml"
 TRIALS_FILE = "trials.parquet"
 TRIALS_FOLDER = "trials"
 TUNE_FOLDER = "tune"
 DRIVER_CPUS = 0.1  # what a trial's own process takes; its workers ask for theirs
-DECODING_CPUS = 0.25
 
 TRIALS_SCHEMA = pa.schema(
     [
@@ -122,11 +122,13 @@ def sweep(config: SweepConfig) -> RunRecord:
         refuse_other_work(config.run, "sweep", config, inputs)
     outputs = [BEST_FILE, TRIALS_FILE, TRIALS_FOLDER, TUNE_FOLDER]
     with connected():
-        require_resources(default.resources)
+        require_resources(default.resources, beside=DRIVER_CPUS)
         with record_run(config.run, "sweep", config, inputs, outputs, keep=False) as record:
             total = config.trials * default.iterations
-            with Progress("sweep", total=total, unit="iterations") as progress:
+            with Progress("sweep", total=total, unit="iterations") as progress, interruptible():
                 grid = _tuner(config, space, default.iterations, progress.reporter).fit()
+            if len(grid) != config.trials:
+                raise PipelineError(f"{len(grid)} of {config.trials} trials of {config.run} were run: run it again.")
             trials = _trials(grid)
             table = pa.Table.from_pylist([dataclasses.asdict(trial) for trial in trials], schema=TRIALS_SCHEMA)
             write_table(storage.join(config.run, TRIALS_FILE), table)
@@ -175,8 +177,7 @@ def _concurrency(config: SweepConfig, space: SearchSpace) -> int:
     """How many trials the cluster's CPUs and GPUs hold at a time."""
     resources = space.config(config.dataset, config.run, {}).resources
     have = ray.cluster_resources()
-    cpus = resources.workers * resources.cpus_per_worker + DRIVER_CPUS + DECODING_CPUS
-    held = have.get("CPU", 0) // cpus
+    held = (have.get("CPU", 0) + 1e-6) // (needed_cpus(resources) + DRIVER_CPUS)
     if resources.use_gpu:
         held = min(held, have.get("GPU", 0) // resources.workers)
     return max(1, int(held))
@@ -229,11 +230,13 @@ def _trials(grid: tune.ResultGrid) -> list[Trial]:
 
 
 def _write_best(config: SweepConfig, space: SearchSpace, trials: list[Trial], grid: tune.ResultGrid) -> dict[str, Any]:
-    scored = [trial for trial in trials if trial.miou is not None and trial.state != "failed"]
+    scored = [
+        trial for trial in trials if trial.miou is not None and math.isfinite(trial.miou) and trial.state != "failed"
+    ]
     if not scored:
         reason = next((trial.error for trial in trials if trial.error), "no trial has reported a score")
         raise PipelineError(f"None of the {len(trials)} trials of {config.run} has ended with a score: {reason}")
-    best = max(scored, key=lambda trial: trial.miou or 0.0)
+    best = max(scored, key=lambda trial: trial.miou or 0.0)  # NaN is no score: see `scored`
     parameters = dict(grid[best.trial].config or {})
     document = identity(space.config(config.dataset, config.run, parameters))
     del document["run"]

@@ -13,16 +13,16 @@ import torch.distributed
 from torch import nn
 
 from pipeline import dataset, storage
+from pipeline.errors import PipelineError
 from pipeline.evaluation import confusion_matrix
 from pipeline.prediction import predictor_of
 from pipeline.progress import Reporter
 from pipeline.sample_stream import plan_windows, sample_batches
-from pipeline.training import HISTORY_FILE, MODEL_FOLDER, TrainConfig
+from pipeline.training import HISTORY_FILE, MODEL_FOLDER, TrainConfig, build_optimizer
 from pipeline.transforms import Augmentation
 from rssnet import RSSNet
 from rssnet.losses import RSSNetLoss
 from rssnet.metrics import ConfusionMatrix
-from rssnet.optim import parameter_groups, poly_with_warmup
 
 LOG_EVERY = 10
 STATE_FILE = "state.pt"
@@ -53,13 +53,7 @@ class _Training:
         torch.manual_seed(config.seed)  # the same initial weights on every worker
         self.model = RSSNet(config.model, self.data.classes).to(self.device)
         self.criterion = RSSNetLoss(config.loss, len(self.data.classes))
-        options = config.optimizer
-        groups = parameter_groups(
-            self.model, options.lr, options.weight_decay, options.layer_decay, options.decoder_lr_scale
-        )
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
-        warmup = min(options.warmup_iterations, config.iterations - 1)
-        self.schedule = poly_with_warmup(self.optimizer, config.iterations, warmup, options.warmup_lr, options.power)
+        self.optimizer, self.schedule = build_optimizer(self.model, config)
         self.iteration = 0
         self.history: dict[str, list[dict[str, float]]] = {"training": [], "validation": []}
         self._restore()
@@ -80,6 +74,7 @@ class _Training:
                 if self.iteration == config.iterations:
                     break
         if self.rank == 0:
+            self._write_history()  # again: a run that was killed between its last report and this has not
             with tempfile.TemporaryDirectory() as folder:
                 self.model.save_pretrained(folder)
                 storage.upload_folder(Path(folder), storage.join(config.run, MODEL_FOLDER))
@@ -111,22 +106,30 @@ class _Training:
     def _log(self, losses: dict[str, torch.Tensor], started: float, first: int) -> None:
         if self.rank or (self.iteration % LOG_EVERY and self.iteration != 1):
             return
-        loss, lr = float(losses["loss"]), float(self.schedule.get_last_lr()[-1])
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at iteration {self.iteration}")
+        loss, lr = self._finite(losses), float(self.schedule.get_last_lr()[-1])
         rate = (self.iteration - first) * self.config.batch_size / (time.monotonic() - started)
         self.history["training"].append({"iteration": self.iteration, "loss": loss, "lr": lr})
         self.reporter.update(self.iteration, f"loss {loss:.3f}, lr {lr:.1e}, {rate:.1f} images/s")
+
+    def _finite(self, losses: dict[str, torch.Tensor]) -> float:
+        """The loss, if it is a number; what diverged must become neither a checkpoint nor a model."""
+        loss = float(losses["loss"].detach())
+        if not math.isfinite(loss):
+            raise PipelineError(
+                f"The loss is {loss} at iteration {self.iteration}: lower optimizer.lr or clip the gradient."
+            )
+        return loss
 
     def _evaluate_and_report(self, losses: dict[str, torch.Tensor]) -> None:
         config, last = self.config, self.iteration == self.config.iterations
         evaluate = last or self.iteration % config.evaluate_every == 0
         checkpoint = last or self.iteration % config.checkpoint_every == 0
-        if evaluate:
-            self._evaluate()
         if not (evaluate or checkpoint):
             return
-        metrics: dict[str, float] = {"iteration": self.iteration, "loss": float(losses["loss"]), "evaluated": evaluate}
+        loss = self._finite(losses)
+        if evaluate:
+            self._evaluate()
+        metrics: dict[str, float] = {"iteration": self.iteration, "loss": loss, "evaluated": evaluate}
         if self.history["validation"]:
             metrics |= {name: self.history["validation"][-1][name] for name in ("miou", "macc", "aacc")}
         with tempfile.TemporaryDirectory() as folder:
@@ -136,7 +139,10 @@ class _Training:
                 state = ray.train.Checkpoint.from_directory(folder)
             ray.train.report(metrics, checkpoint=state)
         if self.rank == 0:
-            storage.write_json(storage.join(config.run, HISTORY_FILE), self.history)
+            self._write_history()
+
+    def _write_history(self) -> None:
+        storage.write_json(storage.join(self.config.run, HISTORY_FILE), self.history)
 
     def _evaluate(self) -> None:
         """Validate on all workers, each its share; the sum of their confusion matrices is exact."""

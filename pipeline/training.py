@@ -5,22 +5,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import ray.train
 import torch
 from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.callback import UserCallback
 
 from pipeline import dataset, storage
-from pipeline.cluster import connected
+from pipeline.cluster import connected, interruptible, require_capacity
 from pipeline.dataset import SegmentationDataset
 from pipeline.errors import PipelineError
-from pipeline.prediction import InferenceConfig
+from pipeline.prediction import InferenceConfig, predictor_of
 from pipeline.progress import Progress, Reporter, announce
 from pipeline.run_record import RunRecord, finished_record, record_run, refuse_other_work
+from pipeline.sample_stream import FEEDING_CPUS
 from pipeline.transforms import AugmentationConfig
-from rssnet import RSSNet, RSSNetConfig
-from rssnet.config import LossConfig
+from rssnet import LossConfig, RSSNet, RSSNetConfig, RSSNetLoss, parameter_groups, poly_with_warmup
 
 CHECKPOINTS_FOLDER = "checkpoints"
 MODEL_FOLDER = "model"
@@ -107,7 +106,7 @@ class TrainConfig:
     train_split: str = "train"
     val_split: str = "val"
     seed: int = 0
-    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig, metadata={"identity": False})
     new: bool = field(default=False, metadata={"identity": False})
 
 
@@ -126,7 +125,7 @@ def train(config: TrainConfig) -> RunRecord:
         if finished:
             announce(f"already trained: {config.run} ({scores_text(finished.results)})")
             return finished
-        refuse_other_work(config.run, "train", config, inputs)
+        refuse_other_work(config.run, "train", config, inputs, resumes=True)
     outputs = [CHECKPOINTS_FOLDER, MODEL_FOLDER, HISTORY_FILE]
     with connected():
         require_resources(config.resources)
@@ -165,10 +164,24 @@ def completed(config: TrainConfig, data: SegmentationDataset) -> TrainConfig:
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=classes))
     try:
         with torch.device("meta"):
-            RSSNet(dataclasses.replace(config.model, pretrained=False), data.classes)
+            model = RSSNet(dataclasses.replace(config.model, pretrained=False), data.classes)
+            predictor_of(model, config.inference)
+        RSSNetLoss(config.loss, classes)
+        build_optimizer(model, config)
     except (ValueError, RuntimeError, TypeError) as error:
-        raise PipelineError(f"The model cannot be built: {error}") from error
+        raise PipelineError(f"The configuration cannot be used: {error}") from error
     return config
+
+
+def build_optimizer(
+    model: torch.nn.Module, config: TrainConfig
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """The optimizer and the learning rate schedule of a run; ValueError for settings that cannot serve."""
+    options = config.optimizer
+    groups = parameter_groups(model, options.lr, options.weight_decay, options.layer_decay, options.decoder_lr_scale)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
+    warmup = min(options.warmup_iterations, config.iterations - 1)
+    return optimizer, poly_with_warmup(optimizer, config.iterations, warmup, options.warmup_lr, options.power)
 
 
 def fit(config: TrainConfig, reporter: Reporter, callbacks: Sequence[UserCallback] = ()) -> Result:
@@ -203,24 +216,27 @@ def fit(config: TrainConfig, reporter: Reporter, callbacks: Sequence[UserCallbac
             callbacks=list(callbacks),
         ),
     )
-    return trainer.fit()
+    with interruptible():
+        return trainer.fit()
 
 
-def require_resources(resources: ResourcesConfig) -> None:
-    """Raise PipelineError if the cluster can never start these workers and still decode images beside them."""
-    have = ray.cluster_resources()
-    gpus = resources.workers if resources.use_gpu else 0
-    if have.get("GPU", 0) < gpus:
-        raise PipelineError(
-            f"{gpus} GPUs are asked for, but the cluster has {have.get('GPU', 0):g}: "
-            "lower resources.workers, or set resources.use_gpu false."
-        )
-    cpus = resources.workers * resources.cpus_per_worker
-    if have.get("CPU", 0) < cpus + 0.25:
-        raise PipelineError(
-            f"{resources.workers} workers with {resources.cpus_per_worker:g} CPUs each leave nothing of the cluster's "
-            f"{have.get('CPU', 0):g} CPUs for decoding images: lower resources.workers or resources.cpus_per_worker."
-        )
+def needed_cpus(resources: ResourcesConfig) -> float:
+    """CPUs of the workers and of the tasks that feed them."""
+    return resources.workers * (resources.cpus_per_worker + FEEDING_CPUS)
+
+
+def require_resources(resources: ResourcesConfig, beside: float = 0.0) -> None:
+    """Raise PipelineError if a local Ray can never hold these workers and what feeds them.
+
+    Args:
+        beside: CPUs that something else takes at the same time.
+    """
+    require_capacity(
+        needed_cpus(resources) + beside,
+        resources.workers if resources.use_gpu else 0,
+        f"{resources.workers} training workers and the tasks that feed them",
+        "lower resources.workers or resources.cpus_per_worker, or set resources.use_gpu false",
+    )
 
 
 def scores_text(scores: dict[str, Any]) -> str:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .model import RSSNet
     from .optim import parameter_groups, poly_with_warmup
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Auxiliary",
     "BoundaryIoU",

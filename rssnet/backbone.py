@@ -146,6 +146,8 @@ class Backbone(nn.Module):
         ValueError: an image size, option or weights that the backbone cannot take.
     """
 
+    body: Any
+
     def __init__(
         self,
         *,
@@ -172,7 +174,8 @@ class Backbone(nn.Module):
             arguments["drop_path_rate"] = drop_path  # even if zero: some families have another default
         elif drop_path > 0:
             raise ValueError(f"Backbone {layout.name!r} has no stochastic depth; set drop_path to 0, not {drop_path}.")
-        with torch.device("meta"):
+        # With gradients whatever the caller's mode: what is left out of the rehearsal's is what nothing reads.
+        with torch.device("meta"), torch.inference_mode(False), torch.enable_grad():
             unread = self._rehearse(self._build(arguments, image_size))
 
         self.weights_report: WeightsReport | None = None
@@ -190,8 +193,6 @@ class Backbone(nn.Module):
 
         self.pixel_mean: tuple[float, ...] = tuple(self.body.pretrained_cfg["mean"])
         self.pixel_std: tuple[float, ...] = tuple(self.body.pretrained_cfg["std"])
-
-    body: Any
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Feature maps of normalised images.

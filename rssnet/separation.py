@@ -166,14 +166,9 @@ class SpatiallyAdaptiveSeparation(nn.Module):
         else:
             attraction = repulsion = torch.zeros_like(gate).expand(*gate.shape[:-1], self.kernel_size**2)
 
-        batch, height, width = attraction.shape[:3]
-        inside = (batch, height // self.ratio, self.ratio, width // self.ratio, self.ratio)
-        bilinear = self.log_bilinear[:, None, :, None]  # (r, 1, r, 1, k*k), over (h, r, w, r, g, k*k)
-        attraction = attraction.reshape(*inside, *attraction.shape[3:]) + bilinear
+        bilinear = self.log_bilinear.repeat(*deep.shape[-2:], 1)[:, :, None]  # (h * r, w * r, 1, k*k)
         return SeparationWeights(
-            attraction=attraction.softmax(dim=-1).reshape(repulsion.shape),
-            repulsion=repulsion.softmax(dim=-1),
-            gate=gate,
+            attraction=(attraction + bilinear).softmax(dim=-1), repulsion=repulsion.softmax(dim=-1), gate=gate
         )
 
     def _grouped(self, features: Tensor) -> Tensor:

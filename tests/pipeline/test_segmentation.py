@@ -22,7 +22,7 @@ import ray
 import torch
 from PIL import Image
 
-from pipeline import masks, prediction_rows, storage
+from pipeline import masks, prediction_rows, segmentation, storage
 from pipeline.errors import PipelineError
 from pipeline.images import decode_photograph
 from pipeline.parquet_sink import write_table
@@ -30,7 +30,8 @@ from pipeline.prediction import InferenceConfig, load_predictor, model_id
 from pipeline.prediction_rows import LISTED, MaskSink, read_images
 from pipeline.progress import Progress
 from pipeline.run_record import RunRecord, read_record, record_run
-from pipeline.segmentation import SegmentConfig, segment
+from pipeline.segmentation import SegmentConfig, Segmenter, segment
+from rssnet import RSSNet
 
 REPOSITORY = Path(__file__).parents[2]
 ODD_NAMES = ("with blank.png", "100%25.png", "a#b?.png", "c+d.png", "straße/日本.png")
@@ -224,6 +225,64 @@ def test_what_storage_did_not_give_is_tried_again(tiny_model, archived, bucket):
 
 
 @pytest.mark.usefixtures("ray_cluster")
+def test_what_cannot_be_fetched_does_not_keep_new_images_from_being_added(tiny_model, archived, bucket, capsys):
+    out = storage.join(bucket, "out")
+    segment(_config(tiny_model, _with_one_good_image(archived), out, exclude=("still*", "archived*")))
+    record = segment(_config(tiny_model, archived, out))
+    assert (record.outcome, record.counts["done_before"], record.counts["failed"]) == ("done", 1, 2)
+    assert "2 images could not be segmented" in capsys.readouterr().out
+
+
+def _with_one_good_image(url: str) -> str:
+    storage.write_bytes(storage.join(url, "good.png"), _png(1))
+    return url
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_model_that_fails_on_every_image_fails_the_run(tiny_model, folder, tmp_path):
+    model = RSSNet.from_pretrained(tiny_model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    model.save_pretrained(str(tmp_path / "model"))
+    out = str(tmp_path / "out")
+    config = _config(str(tmp_path / "model"), str(folder), out, include=("c*.png",))
+    with pytest.raises(PipelineError, match="The model failed on each of the 1 images .* no numbers"):
+        segment(config)
+    rows = _rows(out)
+    assert {name: row["status"] for name, row in rows.items()} == {"c+d.png": "inference_error", "cut.png": "damaged"}
+    assert rows["c+d.png"]["mask"] is None
+    with pytest.raises(PipelineError, match="The model failed on each of the 1 images"):
+        segment(config)  # tried again, and no row doubled
+    assert _rows(out).keys() == rows.keys()
+
+
+def test_an_image_that_the_model_fails_on_costs_no_other_its_mask(tiny_model, tmp_path):
+    """One for which memory is not enough, here all white, in a batch with others."""
+    for seed in range(3):
+        (tmp_path / f"{seed}.png").write_bytes(_png(seed, 64, 64))
+    (tmp_path / "white.png").write_bytes(_encoded(Image.new("RGB", (64, 64), "white"), "PNG"))
+    listed = [{"image_uri": item.url, "version": item.version} for item in storage.list_objects(str(tmp_path))]
+    segmenter = Segmenter(tiny_model, InferenceConfig())
+    failures: list[type[RuntimeError]] = [torch.OutOfMemoryError]
+
+    def fail_on_white(model: torch.nn.Module, arguments: tuple[torch.Tensor]) -> None:  # noqa: ARG001
+        if (arguments[0].amax((2, 3)) == arguments[0].amin((2, 3))).all(1).any():
+            raise failures[0]("CUDA out of memory.\nTried to allocate 3 GiB.")
+
+    segmenter.predictor.model.register_forward_pre_hook(fail_on_white)
+    pixels = pa.concat_tables(read_images(pa.Table.from_pylist(listed, schema=LISTED)))
+    rows = segmenter(pixels).to_pylist()
+    assert [row["status"] for row in rows] == ["ok", "ok", "ok", "inference_error"]
+    assert [row["class_map"] is not None for row in rows] == [True, True, True, False]
+    assert rows[-1]["error"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate 3 GiB."
+
+    failures[0] = torch.AcceleratorError
+    with pytest.raises(torch.AcceleratorError):  # no image's fault: nothing works on that device any more
+        segmenter(pixels)
+
+
+@pytest.mark.usefixtures("ray_cluster")
 def test_another_model_adds_rows_and_a_fresh_start_leaves_only_its_own(tiny_model, tmp_path):
     images, out = tmp_path / "images", str(tmp_path / "out")
     (images / "night").mkdir(parents=True)
@@ -296,6 +355,48 @@ def test_a_run_that_another_has_overtaken_writes_no_more(tmp_path):
         assert masks.read_masks(url).num_rows == 0
         MaskSink(url, "later", progress.reporter).write([_written(model_id="m")], None)
     assert masks.read_masks(url).num_rows == 1
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_run_that_is_overtaken_while_it_writes_takes_its_rows_away(tmp_path):
+    url = str(tmp_path)
+    turn = storage.join(url, prediction_rows.TURN_FILE)
+    storage.write_json(turn, {"run_id": "earlier"})
+
+    def taken_meanwhile(table: pa.Table) -> Iterator[tuple[str, pa.Table]]:
+        storage.write_json(turn, {"run_id": "later"})
+        yield masks.FOLDER, table
+
+    with Progress("segment", 1, "images") as progress:
+        write_table(storage.join(url, masks.FOLDER, "part-before.parquet"), _written(model_id="before"))
+        sink = MaskSink(url, "earlier", progress.reporter)
+        sink.route = taken_meanwhile
+        with pytest.raises(PipelineError, match="Another run, later, has begun"):
+            sink.write([_written(model_id="m")], None)
+    assert masks.read_masks(url)["model_id"].to_pylist() == ["before"]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_rows_that_an_overtaken_run_deletes_are_missed_and_made_by_the_next(tiny_model, tmp_path, monkeypatch):
+    images, out = tmp_path / "images", str(tmp_path / "out")
+    images.mkdir()
+    for seed in range(2):
+        (images / f"{seed}.png").write_bytes(_png(seed))
+    segment(_config(tiny_model, str(images), out, include=("0*",)))
+    (file,) = _files(out)
+    finish = segmentation._finish
+
+    def delete_and_finish(*arguments: Any) -> None:
+        storage.delete(file[0])
+        finish(*arguments)
+
+    config = _config(tiny_model, str(images), out)
+    with monkeypatch.context() as patch:
+        patch.setattr(segmentation, "_finish", delete_and_finish)
+        with pytest.raises(PipelineError, match="1 images have lost their rows"):
+            segment(config)
+    assert segment(config).counts["ok"] == 1
+    assert _rows(out).keys() == {"0.png", "1.png"}
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -92,6 +92,17 @@ def test_what_cannot_be_removed_takes_no_gradient():
     assert len(trainable) < len(list(backbone.parameters()))
 
 
+def test_it_is_the_same_whatever_mode_it_is_built_in():
+    with torch.inference_mode():
+        backbone = build()
+    with torch.no_grad():
+        other = build()
+    assert {name for name, p in backbone.named_parameters() if p.requires_grad} == {
+        name for name, p in other.named_parameters() if p.requires_grad
+    }
+    assert all(parameter.requires_grad for parameter in build().parameters())
+
+
 # Image sizes.
 
 

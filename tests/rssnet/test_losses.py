@@ -130,7 +130,7 @@ def test_prototypes_are_means_over_each_class():
 
 
 def test_prototypes_read_labels_of_the_nearest_pixel():
-    labels = torch.tensor([[[0, 0, 1, 1], [0, 0, 1, 1]]])
+    labels = torch.tensor([[[1, 1, 0, 0], [1, 0, 0, 1]]])  # the middles are those of the second and fourth column
     means, _ = class_prototypes(torch.tensor([[[[3.0, 7.0]]]]), labels, 2)
     torch.testing.assert_close(means[0, :, 0], torch.tensor([3.0, 7.0]))
 
@@ -155,7 +155,7 @@ def test_separation_supervision_is_its_definition():
     torch.manual_seed(0)
     ratio, grid = 2, (3, 2)
     labels = labels_of(height=12, width=8, ignored=0.05)
-    labels[0, :, :4], labels[0, :, 4:] = 1, 2
+    labels[0, :, :5], labels[0, :, 5:] = 1, 2  # a token that is of two classes, one of them by more than half
     attraction = torch.randn(2, 6, 4, 2, 9).softmax(-1)
     repulsion = torch.randn(2, 6, 4, 2, 9).softmax(-1)
     shares = shares_by_loops(labels, grid)
