@@ -98,7 +98,7 @@ def fill_bucket(bucket: str, camvid: Path | None) -> tuple[str, str]:
     else:
         announce(f"drawing {sum(SCENES.values())} street scenes")
         with tempfile.TemporaryDirectory() as drawn:
-            write_street_scenes(Path(drawn), **SCENES)
+            write_street_scenes(Path(drawn), SCENES["train"], SCENES["val"], SCENES["photos"])
             storage.upload_folder(Path(drawn) / "labelled", labelled)
             storage.upload_folder(Path(drawn) / "photos", photos)
     storage.write_bytes(mark, source)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
@@ -144,7 +145,7 @@ def overlays(url: str, model_id: str) -> list[Overlay]:
             if photograph is not None:
                 chosen[key["image_uri"], key["version"]] = photograph
                 break
-    shown = of_model & pc.field("image_uri").isin([uri for uri, _ in chosen])
+    shown = of_model & pc.field("image_uri").isin(pa.array([uri for uri, _ in chosen], pa.string()))
     return [
         Overlay(row["image_uri"], images.decode_photograph(chosen[key]), masks.decode(row))
         for row in rows.to_table(filter=shown).sort_by("image_uri").to_pylist()

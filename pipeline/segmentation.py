@@ -111,7 +111,7 @@ def segment(config: SegmentConfig) -> RunRecord:
 
     Raises:
         PipelineError: if the model, the images or the output cannot serve, if another run has begun at the same output,
-            or if no image has a result yet and storage gave none or the model failed on all that it was given.
+            or if storage gave no image or the model failed on all that it was given, now as before.
     """
     config = dataclasses.replace(
         config,
@@ -147,7 +147,7 @@ def segment(config: SegmentConfig) -> RunRecord:
         if pending.num_rows:
             with connected():
                 summary = _segment_pending(config, model, pending, record.run_id)
-        _finish(record, model, summary)
+        _finish(record, model, summary, rows)
         _require_all_rows(config, listing, model, summary)
     announce(f"segmented {config.images} into {config.out} ({_counts_text(record.counts)})")
     return record
@@ -191,6 +191,7 @@ class _Rows:
 
     url: str
     done: pa.Table
+    any_mask: bool
     replaced_files: list[str]
 
     @classmethod
@@ -199,7 +200,8 @@ class _Rows:
         found = masks.open_masks(url).to_table(columns=columns, filter=pc.field("model_id") == model)
         replaced = pc.field("status").isin(TRIED_AGAIN)
         files = {path.rpartition("/")[2] for path in found.filter(replaced)["__filename"].to_pylist()}
-        return cls(url, found.filter(~replaced).select(LISTED.names), sorted(files))
+        any_mask = masks.OK in found["status"].unique().to_pylist()
+        return cls(url, found.filter(~replaced).select(LISTED.names), any_mask, sorted(files))
 
     def retire_tried_again(self, config: SegmentConfig) -> None:
         """Take away the rows that this run tries again, or whose objects it no longer finds.
@@ -261,25 +263,24 @@ def _segment_pending(config: SegmentConfig, model: str, pending: pa.Table, run_i
     return summary
 
 
-def _finish(record: RunRecord, model: str, summary: Summary) -> None:
+def _finish(record: RunRecord, model: str, summary: Summary, before: _Rows) -> None:
     """Put what happened into the record, and refuse to call a run done in which nothing works at all.
 
-    Where images have results from before, storage and model do work: what failed this time is announced, and must not
-    make every later run fail.
+    A result from before shows that storage works, and a mask that the model does: then what failed this time is
+    announced, and must not make every later run fail.
     """
     statuses, failures = summary.statuses, summary.failures
     record.counts |= {"ok": statuses[masks.OK], "failed": statuses.total() - statuses[masks.OK]}
     record.results = {"model_id": model, "statuses": dict(sorted(statuses.items())), "first_failures": failures}
-    if not record.counts["done_before"]:
-        if statuses[STORAGE_ERROR] and statuses[STORAGE_ERROR] == statuses.total():
-            raise PipelineError(
-                f"None of the {statuses.total()} pending images could be read; the first: {failures[0]['error']}"
-            )
-        if statuses[INFERENCE_ERROR] and not statuses[masks.OK]:
-            error = next((row["error"] for row in failures if row["status"] == INFERENCE_ERROR), "see the rows")
-            raise PipelineError(
-                f"The model failed on each of the {statuses[INFERENCE_ERROR]} images that it was given: {error}"
-            )
+    if statuses[STORAGE_ERROR] and statuses[STORAGE_ERROR] == statuses.total() and not record.counts["done_before"]:
+        raise PipelineError(
+            f"None of the {statuses.total()} pending images could be read; the first: {failures[0]['error']}"
+        )
+    if statuses[INFERENCE_ERROR] and not statuses[masks.OK] and not before.any_mask:
+        error = next((row["error"] for row in failures if row["status"] == INFERENCE_ERROR), "see the rows")
+        raise PipelineError(
+            f"The model failed on every image that it was given, {statuses[INFERENCE_ERROR]} in all: {error}"
+        )
     if failures:
         announce(
             f"  {record.counts['failed']} images could not be segmented, "
