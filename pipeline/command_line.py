@@ -46,9 +46,9 @@ def parse(parser: ArgumentParser, config_class: type, arguments: Sequence[str] |
         WrongCall: for everything that cannot be understood.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    for flag, following in zip(given, [*given[1:], ""], strict=True):
+    for position, flag in enumerate(given):
         if flag == "--config" or flag.startswith("--config="):  # a URL with credentials is refused before it is opened
-            storage.split(flag.partition("=")[2] or following)
+            storage.split(flag.partition("=")[2] or " ".join(given[position + 1 : position + 2]))
     return _instance(parser, config_class, lambda: parser.parse_args(given))
 
 
@@ -154,7 +154,7 @@ def guarded(work: Callable[[], object]) -> int:
 def _one_line(error: Exception) -> str:
     cause = mendable_cause(error)
     if cause is not None:
-        return _redacted_line(str(cause))
+        return " ".join(str(cause).split())  # redacted where it was written
     full = storage.redacted("".join(traceback.format_exception(error)))
     first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
     said = f"unexpected {type(error).__name__}: {_redacted_line(first)[:300]}"
@@ -167,4 +167,5 @@ def _one_line(error: Exception) -> str:
 
 
 def _redacted_line(text: str) -> str:
-    return storage.redacted(" ".join(text.split()))
+    """On one line; word by word, for in a sentence `redacted` cannot tell where a URL ends."""
+    return " ".join(storage.redacted(word) for word in text.split())

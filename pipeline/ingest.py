@@ -134,7 +134,7 @@ def _finish(config: IngestConfig, layout: Layout, record: RunRecord, sink: Parqu
         if rejected > config.max_reject_fraction * rows_in or not rows_out:
             raise PipelineError(
                 f"{listed}, more than --max_reject_fraction {config.max_reject_fraction} allows. "
-                f"The first: {'; '.join(examples[:SHOWN_REJECTS])}. Mend or remove them and run again with --new true."
+                f"The first: {'; '.join(examples[:SHOWN_REJECTS])}. Mend or remove them and run again."
             )
         announce(f"  {listed}; the first: {'; '.join(examples[:SHOWN_REJECTS])}")
     splits = {

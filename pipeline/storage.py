@@ -101,6 +101,8 @@ def _without_user(match: re.Match[str]) -> str:
     """What follows `://`, with `***` in place of a user and password."""
     rest = match.group()
     authority = rest.partition("/")[0]
+    if not authority.strip(".,:;)'\""):
+        return rest  # a scheme alone, as in "use s3://, or gs://."
     user, at, _ = authority.rpartition("@")
     if at and ":" not in user:
         return f"***{rest[len(user) :]}"

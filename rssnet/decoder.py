@@ -96,11 +96,15 @@ class PixelEmbedding(nn.Module):
 
     def forward(self, fused: Tensor, stem: Tensor | None, size: tuple[int, int]) -> Tensor:
         """(B, d, h, w) and (B, stem_channels, ...) to (B, d, *size)."""
+        # The largest maps of the model: each is let go as soon as the next is there.
         pixels = _at_size(fused, size)
         if self.from_stem is not None:
             assert stem is not None
-            pixels = pixels + _at_size(self.from_stem(stem), size)
-        return self.project(F.gelu(self.norm(self.mix(pixels))))
+            pixels = _at_size(self.from_stem(stem), size).add_(pixels)
+        pixels = self.mix(pixels)
+        pixels = self.norm(pixels)
+        pixels = F.gelu(pixels)
+        return self.project(pixels)
 
 
 class RSSNetDecoder(nn.Module):
@@ -207,8 +211,8 @@ class RSSNetDecoder(nn.Module):
         states = self.cross_attention(fused)
         presence = self.cross_attention.presence_logits(states[-1])  # (B, K)
         regions = self.project_regions(states[-1].regions)  # (B, K, d)
-        logits = (regions @ pixels.flatten(2)).unflatten(-1, pixels.shape[-2:])
-        logits = logits + self.class_bias + F.logsigmoid(presence)[..., None, None]
+        offset = self.class_bias + F.logsigmoid(presence)[..., None, None]  # (B, K, 1, 1)
+        logits = (regions @ pixels.flatten(2)).unflatten(-1, pixels.shape[-2:]) + offset
         if not self.training:
             return RSSNetOutput(logits)
         auxiliary = Auxiliary(

@@ -5,7 +5,7 @@ import torch
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import register_model
 
-from rssnet import RSSNet, RSSNetConfig
+from rssnet import Classes, RSSNet, RSSNetConfig
 from rssnet.backbone import Backbone, inspect_backbone
 
 TINY_VIT = {"depth": 4, "embed_dim": 48, "num_heads": 3}
@@ -151,11 +151,13 @@ def test_a_size_back_and_forth_is_the_same_model():
             num_classes=3,
             image_size=(64, 96),
             decoder_width=16,
-        )
+        ),
+        Classes(("sky", "road", "car"), Classes.default(3).palette),
     ).eval()
     images = torch.randn(1, 3, 64, 96)
     again = model.resized((64, 96))
     assert torch.equal(again(images).logits, model(images).logits)
+    assert again.classes == model.classes
     assert model.resized(64).config.image_size == 64
 
 

@@ -7,6 +7,7 @@ import fsspec
 import numpy as np
 import pytest
 import torch
+from peak_memory import PeakMemory
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -202,6 +203,20 @@ def test_beit_large_stays_within_its_parameters_and_flops():
 def test_vit_small_stays_within_its_flops():
     _, backbone, decoder = gigaflops("vit_small_patch16_224", 512, 150)
     assert 0.02 * backbone < decoder <= 0.12 * backbone
+
+
+def test_inference_needs_at_most_a_quarter_more_memory_than_the_backbone():
+    with torch.device("meta"):
+        model = RSSNet(RSSNetConfig("beit_large_patch16_224", 150, 640)).eval()
+        images = torch.empty(8, 3, 640, 640)
+
+    def peak(part):
+        weights = sum(tensor.nbytes for tensor in [*part.parameters(), *part.buffers()])
+        with torch.inference_mode(), PeakMemory([images, *model.parameters(), *model.buffers()]) as memory:
+            part(images)
+        return weights + memory.peak
+
+    assert peak(model.backbone) < peak(model) <= 1.25 * peak(model.backbone)
 
 
 def test_upernet_is_as_large_as_published():

@@ -1,12 +1,9 @@
 """SASM against explicit loops, its start, its switches and what it costs in memory."""
 
-import weakref
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from peak_memory import PeakMemory
 
 from rssnet.composition import compose
 from rssnet.separation import BilinearUpsampling, SpatiallyAdaptiveSeparation, bilinear_weights
@@ -154,37 +151,6 @@ def test_bilinear_upsampling_can_stand_in():
 def test_groups_that_do_not_divide_the_width_are_refused():
     with pytest.raises(ValueError, match=r"groups must divide the decoder's width, 8; 3 does not"):
         module(groups=3)
-
-
-class PeakMemory(TorchDispatchMode):
-    """Bytes of the storages that are alive, of those made inside."""
-
-    def __init__(self, known):
-        super().__init__()
-        self.alive = {tensor.untyped_storage()._cdata for tensor in known}
-        self.references = []
-        self.bytes = self.peak = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.watch(tensor.untyped_storage())
-        self.peak = max(self.peak, self.bytes)
-        return result
-
-    def watch(self, storage):
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.alive:
-            return
-        self.alive.add(key)
-        self.bytes += size
-
-        def forget(_reference):
-            self.alive.discard(key)
-            self.bytes -= size
-
-        self.references.append(weakref.ref(storage, forget))
 
 
 @pytest.mark.parametrize("width", [128, 256])
