@@ -12,12 +12,13 @@ import optuna
 import pyarrow as pa
 import ray
 import yaml
-from ray import tune
+from ray import PlacementGroupID, tune
 from ray.train import Checkpoint
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import BasicVariantGenerator
 from ray.tune.search.optuna import OptunaSearch
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from pipeline import dataset, storage
 from pipeline.cluster import connected, interruptible
@@ -27,6 +28,7 @@ from pipeline.parquet_sink import write_table
 from pipeline.progress import Progress, Reporter, announce
 from pipeline.run_record import RunRecord, finished_record, identity, record_run, refuse_other_work
 from pipeline.search_space import SearchSpace
+from pipeline.train_loop import PLACEMENT_GROUP
 from pipeline.training import completed, fit, needed_cpus, require_resources
 
 BEST_FILE = "best.yaml"
@@ -155,7 +157,8 @@ def _tuner(config: SweepConfig, space: SearchSpace, iterations: int, reporter: R
     scheduler: TrialScheduler | None = None
     if config.scheduler == "asha":
         grace = min(config.grace_iterations, iterations)
-        scheduler = ASHAScheduler(time_attr="iteration", max_t=iterations, grace_period=grace, reduction_factor=3)
+        # Above the last iteration, so that a trial that gets there ends by itself instead of being killed.
+        scheduler = ASHAScheduler(time_attr="iteration", max_t=iterations + 1, grace_period=grace, reduction_factor=3)
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the newer output of ray 2.60 prints trials' tracebacks even when silent
     trial = tune.with_parameters(_run_trial, job=(config, space, reporter))
     return tune.Tuner(
@@ -169,7 +172,9 @@ def _tuner(config: SweepConfig, space: SearchSpace, iterations: int, reporter: R
             search_alg=search,
             scheduler=scheduler,
         ),
-        run_config=tune.RunConfig(name=TUNE_FOLDER, storage_path=path, storage_filesystem=filesystem, verbose=0),
+        run_config=tune.RunConfig(
+            name=TUNE_FOLDER, storage_path=path, storage_filesystem=filesystem, verbose=0, callbacks=[_FreeStopped()]
+        ),
     )
 
 
@@ -193,6 +198,26 @@ def _run_trial(parameters: dict[str, Any], job: tuple[SweepConfig, SearchSpace, 
     part = reporter.part(str(trial_id))
     fit(config, reporter=part, callbacks=[_ReportEvaluations()])
     part.update(config.iterations)
+
+
+class _FreeStopped(tune.Callback):
+    """Removes the placement group of a trial's workers when the trial is over.
+
+    A trial that the scheduler stops is killed, and with it what would have removed the group. Ray Train's own cleaner
+    gives up where several Ray instances run on a host (ray 2.60); the next trial would then wait for ever.
+    """
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
+        _free_placement_group(trial)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
+        _free_placement_group(trial)
+
+
+def _free_placement_group(trial: Any) -> None:
+    group = (trial.last_result or {}).get(PLACEMENT_GROUP)
+    if group:
+        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
 
 
 class _ReportEvaluations(TuneReportCallback):

@@ -10,6 +10,7 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed
+from ray.util import get_current_placement_group
 from torch import nn
 
 from pipeline import dataset, storage
@@ -26,6 +27,7 @@ from rssnet.metrics import ConfusionMatrix
 
 LOG_EVERY = 10
 STATE_FILE = "state.pt"
+PLACEMENT_GROUP = "placement_group"  # among the reported metrics: its id
 
 
 def train_worker(job: dict[str, Any]) -> None:
@@ -129,7 +131,10 @@ class _Training:
         loss = self._finite(losses)
         if evaluate:
             self._evaluate()
-        metrics: dict[str, float] = {"iteration": self.iteration, "loss": loss, "evaluated": evaluate}
+        metrics: dict[str, Any] = {"iteration": self.iteration, "loss": loss, "evaluated": evaluate}
+        group = get_current_placement_group()
+        if group is not None:  # for who stops this run from outside, and has to free what it holds
+            metrics[PLACEMENT_GROUP] = group.id.hex()
         if self.history["validation"]:
             metrics |= {name: self.history["validation"][-1][name] for name in ("miou", "macc", "aacc")}
         with tempfile.TemporaryDirectory() as folder:
