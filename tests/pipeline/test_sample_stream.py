@@ -76,10 +76,18 @@ def test_no_window_is_read_that_holds_nothing_asked_for(
     assert windows[0].samples >= 1
 
 
-def test_workers_take_turns_so_that_none_has_more_chunks_than_another() -> None:
+def test_workers_take_turns_so_that_none_has_more_chunks_of_an_epoch_than_another() -> None:
     chunks = chunks_of([4] * 7)
-    read = [sum(len(window.chunks) for window in plan_windows(chunks, 0, (rank, 3), 0, 7 * 4 * 4)) for rank in range(3)]
-    assert max(read) == min(read)
+    for epoch in range(3):
+        shares = [
+            sum(
+                entry[0] == epoch
+                for window in plan_windows(chunks, 0, (rank, 3), 0, 3 * 7 * 4)
+                for entry in window.chunks
+            )
+            for rank in range(3)
+        ]
+        assert sorted(shares) == [2, 2, 3]
 
 
 def test_another_seed_and_another_epoch_have_another_order() -> None:
