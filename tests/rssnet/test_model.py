@@ -1,6 +1,7 @@
 """A model as a whole: what it refuses, what it costs, how it is saved, compiled and exported."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import fsspec
@@ -271,6 +272,7 @@ def test_the_compiled_decoder_gives_the_same_logits_and_gradients(images):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
 def test_separation_compiled_to_native_code_gives_the_same_gradients():
     # Here compiled kernels and torch's promises about strides meet: maps with channels last, borders, and our backward.
     torch.manual_seed(0)
