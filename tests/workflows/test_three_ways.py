@@ -105,6 +105,7 @@ class Head:
         self.environment = {
             **os.environ,
             "HOME": str(home),
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # a job's `python` is the head's
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self.token,
             "PYTHONUNBUFFERED": "1",
