@@ -9,7 +9,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from labelled_source import (
+from PIL import Image
+
+from pipeline import dataset, storage
+from pipeline import ingest as stage
+from pipeline.dataset import SCHEMA
+from pipeline.images import decode_label, encode_png
+from pipeline.ingest import IngestConfig, ingest
+from pipeline.run_record import RunRecord, read_record
+from tests.pipeline.labelled_source import (
     CLASSES,
     HEIGHT,
     WIDTH,
@@ -24,14 +32,6 @@ from labelled_source import (
     write_pair,
     write_source,
 )
-from PIL import Image
-
-from pipeline import dataset, storage
-from pipeline import ingest as stage
-from pipeline.dataset import SCHEMA
-from pipeline.images import decode_label, encode_png
-from pipeline.ingest import IngestConfig, ingest
-from pipeline.run_record import RunRecord, read_record
 
 
 @dataclasses.dataclass(frozen=True)

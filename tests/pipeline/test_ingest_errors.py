@@ -4,7 +4,12 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from labelled_source import (
+
+from pipeline import dataset, storage
+from pipeline.images import encode_png
+from pipeline.ingest import IngestConfig, ingest
+from pipeline.run_record import read_record, record_run
+from tests.pipeline.labelled_source import (
     assert_unfinished,
     label_values,
     photograph,
@@ -13,11 +18,6 @@ from labelled_source import (
     run_script,
     write_source,
 )
-
-from pipeline import dataset, storage
-from pipeline.images import encode_png
-from pipeline.ingest import IngestConfig, ingest
-from pipeline.run_record import read_record, record_run
 
 
 @pytest.mark.usefixtures("ray_cluster")

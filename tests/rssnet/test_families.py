@@ -4,9 +4,9 @@
 
 import pytest
 import torch
-from model_contract import ExportContract, ModelContract
 
 from rssnet import RSSNet, RSSNetConfig
+from tests.rssnet.model_contract import ExportContract, ModelContract
 
 # Plain transformers: one stride.
 

@@ -8,13 +8,13 @@ import fsspec
 import numpy as np
 import pytest
 import torch
-from peak_memory import PeakMemory
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from rssnet import Classes, LossConfig, RSSNet, RSSNetConfig, RSSNetLoss
 from rssnet.local_pathway import DiscrepancyBlock
 from rssnet.separation import SpatiallyAdaptiveSeparation
+from tests.rssnet.peak_memory import PeakMemory
 
 CONFIG = RSSNetConfig(
     backbone="vit_tiny_patch16_224",

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from peak_memory import PeakMemory
 
 from rssnet.composition import compose
 from rssnet.separation import BilinearUpsampling, SpatiallyAdaptiveSeparation, bilinear_weights
+from tests.rssnet.peak_memory import PeakMemory
 
 
 def compose_by_loops(tokens, composition, kernel_size):
