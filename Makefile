@@ -4,7 +4,7 @@ DATA ?=
 OUTPUT ?= demo-output
 BIN := .venv/bin
 
-.PHONY: install demo test lint types format clean
+.PHONY: install demo test lint types format bench-model bench-ablation gpu clean
 
 install: .venv/installed
 
@@ -30,6 +30,19 @@ types: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Benchmarks write their tables to tests/benchmarks/results/. DATA is the CamVid folder.
+bench-model: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[benchmarks]'
+	$(BIN)/python -m tests.benchmarks.model
+
+bench-ablation: install
+	$(BIN)/python -m tests.benchmarks.ablation --device cpu --data '$(DATA)'
+
+# Everything that needs a GPU, in ten minutes, where PYTHON has torch, timm, safetensors, fsspec and Pillow; no Ray.
+gpu:
+	$(PYTHON) -m tests.benchmarks.model --device cuda
+	$(PYTHON) -m tests.benchmarks.ablation --device cuda --data '$(DATA)' --deadline 240
 
 clean:
 	rm -rf .venv demo-output build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 import ray
 
 from pipeline.errors import PipelineError
+from pipeline.progress import announce
 
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
+IO_TASK_CPUS = 0.25  # of a task that reads, decodes or encodes: it mostly waits for storage
 
 
 class Interrupted(BaseException):
@@ -60,7 +62,7 @@ def require_capacity(cpus: float, gpus: float, what: str, remedy: str) -> None:
     text = f"{what} need {cpus:g} CPUs and {gpus:g} GPUs, but the cluster has {have['CPU']:g} and {have['GPU']:g}"
     if not os.environ.get("RAY_ADDRESS"):
         raise PipelineError(f"{text}: {remedy}.")
-    print(f"  {text}: waiting for it to grow", flush=True)
+    announce(f"  {text}: waiting for it to grow")
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import ray.data
 
 from pipeline import storage
+from pipeline.cluster import IO_TASK_CPUS
 from pipeline.errors import PipelineError
 from rssnet.classes import Classes
 
@@ -16,7 +17,6 @@ IGNORE_LABEL = 255
 INFO_FILE = "dataset.json"
 REJECTS_FOLDER = "_rejects"
 SCHEMA_VERSION = 1
-READ_CPUS = 0.25  # of a task that reads a chunk: it mostly waits for storage
 
 SCHEMA = pa.schema(
     [
@@ -142,7 +142,7 @@ class SegmentationDataset:
         chunks = pa.Table.from_pylist([dataclasses.asdict(chunk) for chunk in self.chunks(name)])
         reader = _ChunkReader(tuple(columns) if columns else None)
         listed = ray.data.from_arrow([chunks.slice(index, 1) for index in range(chunks.num_rows)])
-        return listed.map_batches(reader, batch_format="pyarrow", num_cpus=READ_CPUS)
+        return listed.map_batches(reader, batch_format="pyarrow", num_cpus=IO_TASK_CPUS)
 
 
 @dataclass(frozen=True)

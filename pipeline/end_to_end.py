@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from pipeline import storage
+from pipeline import run_report, storage
 from pipeline.cluster import connected
 from pipeline.command_line import load, read_yaml
 from pipeline.evaluation import EvaluateConfig, evaluate
@@ -21,7 +21,7 @@ from pipeline.segmentation import SegmentConfig, segment
 from pipeline.sweep import SweepConfig, search_space, sweep
 from pipeline.training import MODEL_FOLDER, TrainConfig, train
 
-STAGES = ("ingest", "train", "evaluate", "sweep", "segment", "report")
+STAGES = (*run_report.STAGES, "report")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Scores of a model on a labelled split of a dataset: exact sums of pixel counts over a pool of workers."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, cast
@@ -82,7 +82,7 @@ def evaluate(config: EvaluateConfig) -> RunRecord:
     if not config.new:
         finished = finished_record(config.out, WORKFLOW, config, inputs)
         if finished:
-            announce(f"already evaluated: {config.out} ({_scores_text(finished.results)})")
+            announce(f"already evaluated: {config.out} ({scores_text(finished.results)})")
             return finished
         refuse_other_work(config.out, WORKFLOW, config, inputs)
     outputs = [SCORES_FILE, CONFUSION_FILE, IMAGES_FILE]
@@ -105,7 +105,7 @@ def evaluate(config: EvaluateConfig) -> RunRecord:
         storage.write_json(storage.join(config.out, CONFUSION_FILE), confusion_document)
         write_table(storage.join(config.out, IMAGES_FILE), images)
         storage.write_json(storage.join(config.out, SCORES_FILE), document)
-    announce(f"evaluated {config.model} on {images.num_rows} images of {config.split} ({_scores_text(record.results)})")
+    announce(f"evaluated {config.model} on {images.num_rows} images of {config.split} ({scores_text(record.results)})")
     return record
 
 
@@ -216,6 +216,7 @@ def _class_rows(confusion: ConfusionMatrix, classes: Classes) -> list[dict[str, 
     ]
 
 
-def _scores_text(results: dict[str, Any]) -> str:
-    shown = {"mIoU": results["miou"], "pixel accuracy": results["aacc"]}
-    return ", ".join(f"{name} {'none' if value is None else format(value, '.4f')}" for name, value in shown.items())
+def scores_text(scores: Mapping[str, float | None]) -> str:
+    """The scores of a record in a few words; a score is None where no class has any pixel."""
+    shown = {"mIoU": scores["miou"], "pixel accuracy": scores["aacc"]}
+    return ", ".join(f"{name} {'none' if value is None else format(value, '.3f')}" for name, value in shown.items())

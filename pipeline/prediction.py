@@ -4,7 +4,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,14 +12,13 @@ import ray.data
 import torch
 
 from pipeline import storage
+from pipeline.cluster import IO_TASK_CPUS, require_capacity
 from pipeline.errors import PipelineError
-from pipeline.progress import announce
 from pipeline.run_record import identity
 from rssnet import RSSNet
 from rssnet.classes import Classes
 from rssnet.inference import Predictor
 
-TASK_CPUS = 0.25  # of a task that reads and decodes, or encodes: mostly waiting for storage
 _CONFIG, _CLASSES, _WEIGHTS = "config.json", "classes.json", "model.safetensors"
 
 
@@ -128,15 +126,12 @@ def predictor_pool(workers: int, cpus_per_worker: float, use_gpu: bool) -> dict[
         raise PipelineError(
             f"workers is {workers} and cpus_per_worker is {cpus_per_worker}: give at least 1 and more than 0."
         )
-    there = ray.cluster_resources()
-    needed = {"CPU": workers * cpus_per_worker + TASK_CPUS, "GPU": float(workers if use_gpu else 0)}
-    short = [f"{needed[name]:g} {name}" for name in needed if needed[name] > there.get(name, 0)]
-    if short:
-        found = ", ".join(f"{there.get(name, 0):g} {name}" for name in needed)
-        text = f"{workers} workers and what feeds them need {' and '.join(short)}, but the cluster has {found}"
-        if not os.environ.get("RAY_ADDRESS"):
-            raise PipelineError(f"{text}: lower --workers or --cpus_per_worker, or join a larger cluster.")
-        announce(f"  {text}: waiting for it to grow")
+    require_capacity(
+        cpus=workers * cpus_per_worker + IO_TASK_CPUS,
+        gpus=workers if use_gpu else 0,
+        what=f"{workers} workers and what feeds them",
+        remedy="lower workers or cpus_per_worker, or join a larger cluster",
+    )
     return {
         "compute": ray.data.ActorPoolStrategy(size=workers),
         "num_cpus": cpus_per_worker,

@@ -31,11 +31,10 @@ import ray.data
 import torch
 
 from pipeline import masks, storage
-from pipeline.cluster import connected
+from pipeline.cluster import IO_TASK_CPUS, connected
 from pipeline.errors import PipelineError
 from pipeline.parquet_sink import file_name, write_table
 from pipeline.prediction import (
-    TASK_CPUS,
     InferenceConfig,
     PredictorActor,
     model_classes,
@@ -242,7 +241,7 @@ def _segment_pending(config: SegmentConfig, model: str, pending: pa.Table, run_i
         sink = MaskSink(config.out, run_id, progress.reporter)
         (
             ray.data.from_arrow(blocks)
-            .map_batches(read_images, batch_format="pyarrow", num_cpus=TASK_CPUS)
+            .map_batches(read_images, batch_format="pyarrow", num_cpus=IO_TASK_CPUS)
             .map_batches(
                 Segmenter,
                 fn_constructor_args=(config.model, config.inference),
@@ -250,10 +249,10 @@ def _segment_pending(config: SegmentConfig, model: str, pending: pa.Table, run_i
                 batch_format="pyarrow",
                 **pool,
             )
-            .map_batches(MaskEncoder(model, palette), batch_format="pyarrow", num_cpus=TASK_CPUS)
+            .map_batches(MaskEncoder(model, palette), batch_format="pyarrow", num_cpus=IO_TASK_CPUS)
             # Another number of CPUs keeps Ray from fusing writing with encoding, which would gather a file's worth of
             # class maps, many times larger than their PNGs.
-            .write_datasink(sink, ray_remote_args={"num_cpus": TASK_CPUS / 2})
+            .write_datasink(sink, ray_remote_args={"num_cpus": IO_TASK_CPUS / 2})
         )
     summary = Summary.total(sink.written.summaries)
     if summary.statuses.total() != pending.num_rows:

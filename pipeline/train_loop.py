@@ -22,7 +22,7 @@ from pipeline.sample_stream import plan_windows, sample_batches
 from pipeline.training import HISTORY_FILE, MODEL_FOLDER, TrainConfig, build_optimizer
 from pipeline.transforms import Augmentation
 from rssnet import RSSNet
-from rssnet.losses import RSSNetLoss
+from rssnet.losses import RSSNetLoss, check_batch
 from rssnet.metrics import ConfusionMatrix
 
 LOG_EVERY = 10
@@ -70,9 +70,14 @@ class _Training:
             for batch in self._batches():
                 images = (torch.as_tensor(batch["image"], device=self.device).float() - mean) / std
                 labels = torch.as_tensor(batch["label"], device=self.device).long()
-                losses = self._step(images, labels)
-                self._log(losses, started, first)
-                self._evaluate_and_report(losses)
+                loss = self._step(images, labels)
+                log, evaluate, checkpoint = self._due()
+                if log or evaluate or checkpoint:  # the device is waited for at these steps alone
+                    value = self._finite(loss, images, labels)
+                    if log:
+                        self._log(value, started, first)
+                    if evaluate or checkpoint:
+                        self._report(value, evaluate, checkpoint)
                 if self.iteration == config.iterations:
                     break
         if self.rank == 0:
@@ -91,44 +96,51 @@ class _Training:
         windows = plan_windows(chunks, config.seed, (self.rank, self.world_size), start, stop)
         return sample_batches(windows, augmentation, config.seed, batch_size)
 
-    def _step(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _due(self) -> tuple[bool, bool, bool]:
+        """Whether this iteration is logged, evaluated, and kept as a checkpoint."""
+        config, last = self.config, self.iteration == self.config.iterations
+        log = self.iteration == 1 or self.iteration % LOG_EVERY == 0
+        return (
+            log,
+            last or self.iteration % config.evaluate_every == 0,
+            last or self.iteration % config.checkpoint_every == 0,
+        )
+
+    def _step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         # Seeded anew for each step, so that a resumed run draws the same drop path masks without stored random states.
         torch.manual_seed(hash((self.config.seed, self.iteration, self.rank)) % 2**63)
         self.parallel.train()
-        losses = self.criterion(self.parallel(images), labels)
+        loss = self.criterion(self.parallel(images), labels)["loss"]
         self.optimizer.zero_grad(set_to_none=True)
-        losses["loss"].backward()
+        loss.backward()
         if self.config.optimizer.clip_grad_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_grad_norm)
         self.optimizer.step()
         self.schedule.step()
         self.iteration += 1
-        return losses
+        return loss.detach()
 
-    def _log(self, losses: dict[str, torch.Tensor], started: float, first: int) -> None:
-        if self.rank or (self.iteration % LOG_EVERY and self.iteration != 1):
+    def _log(self, loss: float, started: float, first: int) -> None:
+        if self.rank:
             return
-        loss, lr = self._finite(losses), float(self.schedule.get_last_lr()[-1])
+        lr = float(self.schedule.get_last_lr()[-1])
         rate = (self.iteration - first) * self.config.batch_size / (time.monotonic() - started)
         self.history["training"].append({"iteration": self.iteration, "loss": loss, "lr": lr})
         self.reporter.update(self.iteration, f"loss {loss:.3f}, lr {lr:.1e}, {rate:.1f} images/s")
 
-    def _finite(self, losses: dict[str, torch.Tensor]) -> float:
+    def _finite(self, loss: torch.Tensor, images: torch.Tensor, labels: torch.Tensor) -> float:
         """The loss, if it is a number; what diverged must become neither a checkpoint nor a model."""
-        loss = float(losses["loss"].detach())
-        if not math.isfinite(loss):
-            raise PipelineError(
-                f"The loss is {loss} at iteration {self.iteration}: lower optimizer.lr or clip the gradient."
-            )
-        return loss
+        value = float(loss)
+        if not math.isfinite(value):
+            where = f"The loss is {value} at iteration {self.iteration}"
+            try:
+                check_batch(images, labels, self.criterion.num_classes)
+            except ValueError as error:
+                raise PipelineError(f"{where}: {error}") from error
+            raise PipelineError(f"{where}: lower optimizer.lr or clip the gradient.")
+        return value
 
-    def _evaluate_and_report(self, losses: dict[str, torch.Tensor]) -> None:
-        config, last = self.config, self.iteration == self.config.iterations
-        evaluate = last or self.iteration % config.evaluate_every == 0
-        checkpoint = last or self.iteration % config.checkpoint_every == 0
-        if not (evaluate or checkpoint):
-            return
-        loss = self._finite(losses)
+    def _report(self, loss: float, evaluate: bool, checkpoint: bool) -> None:
         if evaluate:
             self._evaluate()
         metrics: dict[str, Any] = {"iteration": self.iteration, "loss": loss, "evaluated": evaluate}

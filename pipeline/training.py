@@ -14,6 +14,7 @@ from pipeline import dataset, storage
 from pipeline.cluster import connected, interruptible, require_capacity
 from pipeline.dataset import SegmentationDataset
 from pipeline.errors import PipelineError
+from pipeline.evaluation import scores_text
 from pipeline.prediction import InferenceConfig, predictor_of
 from pipeline.progress import Progress, Reporter, announce
 from pipeline.run_record import RunRecord, finished_record, record_run, refuse_other_work
@@ -237,8 +238,3 @@ def require_resources(resources: ResourcesConfig, beside: float = 0.0) -> None:
         f"{resources.workers} training workers and the tasks that feed them",
         "lower resources.workers or resources.cpus_per_worker, or set resources.use_gpu false",
     )
-
-
-def scores_text(scores: dict[str, Any]) -> str:
-    """The scores of a record in a few words."""
-    return f"mIoU {scores['miou']:.3f}, pixel accuracy {scores['aacc']:.3f}"
