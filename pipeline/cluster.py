@@ -13,6 +13,16 @@ from pipeline.errors import PipelineError
 from pipeline.progress import announce
 
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
+# Of a Ray that is started here, and of its workers.
+LOCAL_ENVIRONMENT = {
+    # OpenMP threads that spin while they wait halve the speed of a machine that others use too.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # More idle workers than cores are ended after a second by default, and the next task waits for a new one to import
+    # torch: on two cores that took a fifth of the time.
+    "RAY_idle_worker_killing_time_threshold_ms": "60000",
+    # Ray Data's actors make Ray's core print an error that is none: their arguments lie in the object store.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+}
 IO_TASK_CPUS = 0.25  # of a task that reads, decodes or encodes: it mostly waits for storage
 
 
@@ -91,8 +101,8 @@ def connected() -> Iterator[None]:
                 "correct the address, or unset it to start a local Ray."
             ) from error
     else:
-        # Workers inherit it: OpenMP threads that spin while they wait halve the speed of a machine that others use too.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        for name, value in LOCAL_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         # The dashboard is what removes the placement groups of killed trials (ray 2.60), so a sweep needs it.
         try:
             ray.init(
