@@ -20,8 +20,6 @@ LOCAL_ENVIRONMENT = {
     # More idle workers than cores are ended after a second by default, and the next task waits for a new one to import
     # torch: on two cores that took a fifth of the time.
     "RAY_idle_worker_killing_time_threshold_ms": "60000",
-    # Ray Data's actors make Ray's core print an error that is none: their arguments lie in the object store.
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
 IO_TASK_CPUS = 0.25  # of a task that reads, decodes or encodes: it mostly waits for storage
 
