@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import dataset, storage
+from pipeline.cluster import LOCAL_ENVIRONMENT
 from pipeline.command_line import load, read_yaml
 from pipeline.evaluation import EvaluateConfig, evaluate
 from pipeline.ingest import IngestConfig, ingest
@@ -104,6 +105,7 @@ class Head:
         self.port = _free_port()
         self.environment = {
             **os.environ,
+            **LOCAL_ENVIRONMENT,
             "HOME": str(home),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # a job's `python` is the head's
             "RAY_AUTH_MODE": "token",
