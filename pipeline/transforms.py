@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,14 @@ from torchvision.transforms.v2 import functional
 from pipeline.dataset import IGNORE_LABEL
 
 CROP_ATTEMPTS = 10
+# Ranges of the factors, and of the shift of hue as a share of the circle, as in SSD (arXiv 1512.02325) and after it in
+# mmsegmentation.
+DISTORTIONS: dict[str, Any] = {
+    "brightness": (0.875, 1.125),
+    "contrast": (0.5, 1.5),
+    "saturation": (0.5, 1.5),
+    "hue": (-0.05, 0.05),
+}
 
 
 @dataclass(frozen=True)
@@ -22,7 +31,7 @@ class AugmentationConfig:
         scale: range of the random factor by which an image is resized before the crop.
         max_class_fraction: a crop with more than this share of one class is drawn again, up to ten times; 1 is off.
         flip: probability of mirroring left to right.
-        photometric: probability of distorting brightness, contrast, saturation and hue, each.
+        photometric: probability of distorting brightness, contrast, saturation and hue, each on its own.
     """
 
     scale: tuple[float, float] = (0.5, 2.0)
@@ -54,7 +63,14 @@ class Augmentation:
 
     def __init__(self, config: AugmentationConfig, crop_size: tuple[int, int], fill: tuple[int, int, int]) -> None:
         self.config, self.crop_size, self.fill = config, crop_size, fill
-        self._distort = v2.RandomPhotometricDistort(p=config.photometric)
+        # Not v2.RandomPhotometricDistort, which also swaps the colour channels, as detection does: without their colour,
+        # trees and buildings were one class after a short training.
+        self._distort = v2.Compose(
+            [
+                v2.RandomApply([v2.ColorJitter(**{name: strength})], p=config.photometric)
+                for name, strength in DISTORTIONS.items()
+            ]
+        )
         self._flip = v2.RandomHorizontalFlip(p=config.flip)
 
     def __call__(self, image: np.ndarray, label: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:

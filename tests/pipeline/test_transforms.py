@@ -130,6 +130,14 @@ def test_distortion_of_colours_changes_the_image_alone() -> None:
     assert (plain[0] != distorted[0]).mean() > 0.5
 
 
+def test_distortion_keeps_the_colour_of_things() -> None:
+    image, label = np.full((64, 96, 3), (40, 160, 60), np.uint8), np.zeros((64, 96), np.uint8)
+    distort = augmentation(**{**PLAIN, "photometric": 1.0})
+    for seed in range(20):
+        red, green, blue = distort(image, label, seed)[0].mean(axis=(1, 2))
+        assert green > max(red, blue)
+
+
 def largest_share(label: np.ndarray) -> float:
     counts = np.bincount(label[label != IGNORE_LABEL], minlength=1)
     return counts.max() / counts.sum()
