@@ -62,8 +62,8 @@ class Settings:
     crop: tuple[int, int] = (160, 224)
     scale: float = 0.5
     jitter: tuple[float, float] = (0.75, 1.5)
-    iterations: int = 400
-    batch_size: int = 8
+    iterations: int = 500
+    batch_size: int = 4
     lr: float = 1e-3
     decoder_lr_scale: float = 2.0
     warmup: int = 20
@@ -97,7 +97,6 @@ VARIANTS = (
     Variant("DCA without region classification", {}, {"region_classification": 0.0}),
     Variant("DCA without region separation", {}, {"region_separation": 0.0}),
     Variant("region separation moves regions alone", {}, {"detach_prototypes": True}),
-    Variant("SASM supervised by the labels", {}, {"separation_supervision": 0.2}),
 )
 
 
