@@ -63,8 +63,8 @@ class Augmentation:
 
     def __init__(self, config: AugmentationConfig, crop_size: tuple[int, int], fill: tuple[int, int, int]) -> None:
         self.config, self.crop_size, self.fill = config, crop_size, fill
-        # Not v2.RandomPhotometricDistort, which also swaps the colour channels: without their colour, trees and buildings
-        # were one class after a short training.
+        # Not v2.RandomPhotometricDistort, which also swaps the colour channels: without their colour, a short training
+        # took trees for buildings.
         self._distort = v2.Compose(
             [
                 v2.RandomApply([v2.ColorJitter(**{name: strength})], p=config.photometric)
