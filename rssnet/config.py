@@ -1,15 +1,24 @@
 """What a model is made of: frozen dataclasses of plain values, so that YAML, JSON and the command line can hold them.
 
-Nothing here imports torch or timm. Defaults are the values that the README's numbers were made with.
+Nothing here imports torch or timm. Defaults are those of the specification; presets say what they change.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, TypeVar, get_type_hints
 
 HEADS = ("rssnet", "linear", "upernet")
+LOSS_WEIGHTS = (
+    "auxiliary",
+    "attention_bce",
+    "attention_dice",
+    "region_classification",
+    "region_separation",
+    "separation_supervision",
+)
 SEPARATION_FORMS = ("conv", "affinity", "plain")
 
 ConfigT = TypeVar("ConfigT")
@@ -20,7 +29,16 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _require_weight(name: str, value: float) -> None:
+    _require(math.isfinite(value) and value >= 0, f"{name} must be finite and not below 0, not {value}; 0 is off.")
+
+
+def _require_whole(name: str, value: object) -> None:
+    _require(isinstance(value, int) and not isinstance(value, bool), f"{name} must be a whole number, not {value!r}.")
+
+
 def _require_odd(name: str, value: int) -> None:
+    _require_whole(name, value)
     _require(
         value >= 1 and value % 2 == 1, f"{name} must be an odd number from 1, not {value}: it is centred on a patch."
     )
@@ -98,7 +116,7 @@ class CrossAttentionConfig:
     Attributes:
         enabled: Whether classes are regions that attend to pixels; off means a 1x1 classifier, an ablation.
         layers: Number of layers, m.
-        heads: Attention heads; one per 32 channels when not given.
+        heads: Attention heads; when not given, as many of 32 channels or more as divide the decoder's width.
         mlp_ratio: Hidden width of a layer's feed-forward part, as a multiple of the decoder's.
         null_token: Whether pixels compete with a learned token for each region's attention, so that an absent class
             has somewhere else to look.
@@ -113,6 +131,7 @@ class CrossAttentionConfig:
     def __post_init__(self) -> None:
         _require(self.layers >= 1, f"cross_attention.layers must be 1 or more, not {self.layers}; disable it instead.")
         _require(self.heads is None or self.heads >= 1, f"cross_attention.heads must be 1 or more, not {self.heads}.")
+        _require(self.mlp_ratio > 0, f"cross_attention.mlp_ratio must be above 0, not {self.mlp_ratio}.")
 
 
 @dataclass(frozen=True)
@@ -148,6 +167,10 @@ class LossConfig:
     ignore_index: int = 255
 
     def __post_init__(self) -> None:
+        for name in LOSS_WEIGHTS:
+            _require_weight(name, getattr(self, name))
+        for weight in self.class_weights or ():
+            _require_weight("class_weights", weight)
         _require(self.temperature > 0, f"temperature must be above 0, not {self.temperature}.")
         _require(0 <= self.label_smoothing < 1, f"label_smoothing must be in [0, 1), not {self.label_smoothing}.")
         _require(0 < self.hardest_fraction <= 1, f"hardest_fraction must be in (0, 1], not {self.hardest_fraction}.")
@@ -191,7 +214,11 @@ class RSSNetConfig:
         size = self.image_size
         if isinstance(size, (list, tuple)):
             _require(len(size) == 2, f"image_size must be a side or (height, width), not {size}.")
-            object.__setattr__(self, "image_size", (int(size[0]), int(size[1])))
+            object.__setattr__(self, "image_size", tuple(size))
+        for side in self.image_size if isinstance(self.image_size, tuple) else (size,):
+            _require_whole("image_size", side)
+        if self.num_classes is not None:
+            _require_whole("num_classes", self.num_classes)
         _require(min(self.image_hw) >= 1, f"image_size must be positive, not {size}.")
         _require(
             self.num_classes is None or self.num_classes >= 2,
@@ -232,9 +259,16 @@ def _from_dict(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
     if unknown:
         raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}; its fields are {', '.join(known)}.")
     types = get_type_hints(cls)
-    return cls(
-        **{
-            name: _from_dict(types[name], value) if is_dataclass(types[name]) and isinstance(value, Mapping) else value
-            for name, value in values.items()
-        }
-    )
+    arguments = {}
+    for name, value in values.items():
+        if is_dataclass(types[name]):
+            if not isinstance(value, Mapping):
+                raise ValueError(
+                    f"{cls.__name__}.{name} must be a group of fields, not {value!r}; leave it out for its defaults."
+                )
+            value = _from_dict(types[name], value)
+        arguments[name] = value
+    try:
+        return cls(**arguments)
+    except TypeError as error:  # a text where a number is wanted cannot even be compared
+        raise ValueError(f"{cls.__name__} has a value of a wrong type: {error}.") from error

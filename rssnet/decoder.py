@@ -161,7 +161,7 @@ class RSSNetDecoder(nn.Module):
                 num_classes=config.num_classes,
                 width=width,
                 layers=attention.layers,
-                heads=attention.heads or max(1, width // 32),
+                heads=attention.heads or default_heads(width),
                 mlp_ratio=attention.mlp_ratio,
                 null_token=attention.null_token,
             )
@@ -238,6 +238,11 @@ def default_width(layout: BackboneLayout) -> int:
     """Decoder width by the backbone's, read at the stride of G: 64 tiny, 128 small, 256 base and large."""
     channels = layout.deep[0].channels
     return 64 if channels <= 256 else 128 if channels <= 448 else 256
+
+
+def default_heads(width: int) -> int:
+    """The most heads, of at least 32 channels each, that divide a width; one if it is narrower."""
+    return next(heads for heads in range(max(1, width // 32), 0, -1) if width % heads == 0)
 
 
 def fine_stride(layout: BackboneLayout) -> int:

@@ -164,8 +164,9 @@ def class_counts(labels: Tensor, size: tuple[int, int], num_classes: int, ignore
     # The token that a pixel's centre is in.
     rows, columns = (2 * rows + 1) * size[0] // (2 * height), (2 * columns + 1) * size[1] // (2 * width)
     tokens = (images[:, None, None] * size[0] + rows[:, None]) * size[1] + columns
+    labels = labels.long()
     valid = labels != ignore_index
-    pairs = tokens[valid] * num_classes + labels[valid].long()
+    pairs = tokens[valid] * num_classes + labels[valid]
     return pairs.bincount(minlength=batch * size[0] * size[1] * num_classes).view(batch, *size, num_classes)
 
 
@@ -360,6 +361,7 @@ def _check_labels(images: Tensor, labels: Tensor, num_classes: int, ignore_index
             f"labels of images {tuple(images.shape)} must be {(len(images), *images.shape[-2:])}, "
             f"got {tuple(labels.shape)}; give them at full resolution."
         )
+    labels = labels.long()
     valid = labels[labels != ignore_index]
     if len(valid) and not 0 <= (low := int(valid.min())) <= (high := int(valid.max())) < num_classes:
         raise ValueError(

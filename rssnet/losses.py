@@ -53,7 +53,7 @@ class RSSNetLoss(nn.Module):
 
         Args:
             output: What the model returned, in training with its auxiliary part.
-            labels: (B, H, W) int64 class ids, or `ignore_index`.
+            labels: (B, H, W) class ids, integers, or `ignore_index`.
 
         Returns:
             "loss", the weighted total to minimise, and its parts as they are before weighting, averaged over layers:
@@ -61,10 +61,17 @@ class RSSNetLoss(nn.Module):
             "region_classification", "region_separation" and "separation_supervision". With no valid pixel all are zero.
 
         Raises:
-            ValueError: labels on a CPU that are neither a class nor ignored. On other devices reading them would stall
-                the queue: there the loss comes out as NaN, and `check_batch` says why.
+            ValueError: labels of another shape or of no integers; on a CPU also labels that are neither a class nor
+                ignored. On other devices reading them would stall the queue: there the loss comes out as NaN, and
+                `check_batch` says why.
         """
         config = self.config
+        if labels.ndim != 3 or len(labels) != len(output.logits) or labels.is_floating_point():
+            raise ValueError(
+                f"Labels must be integers of shape ({len(output.logits)}, height, width), not {labels.dtype} of shape "
+                f"{tuple(labels.shape)}."
+            )
+        labels = labels.long()
         invalid = (labels != config.ignore_index) & ((labels < 0) | (labels >= self.num_classes))
         if labels.device.type == "cpu" and not torch.compiler.is_compiling() and invalid.any():
             check_labels(labels, self.num_classes, config.ignore_index)
@@ -203,7 +210,9 @@ def cross_entropy(
         kept = _hardest(losses.detach().masked_fill(~valid, -1.0).flatten(), valid.sum() * hardest_fraction)
         kept = kept.reshape(losses.shape)
         losses, weights = losses * kept, weights * kept
-    return losses.sum() / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
+    total = weights.sum()
+    # Dividing by a tiny number instead would make the gradient of a scaled loss infinite times zero.
+    return losses.sum() / torch.where(total > 0, total, 1)
 
 
 def _hardest(losses: Tensor, count: Tensor) -> Tensor:

@@ -307,7 +307,7 @@ def _valid_pixels(prediction: Tensor, label: Tensor, num_classes: int, ignore_in
         )
     _check_integers("prediction", prediction)
     _check_integers("label", label)
-    valid = label != ignore_index
+    valid = label.long() != ignore_index  # in uint8, 300 would be 44
     for name, values in (("label", label[valid]), ("prediction", prediction[valid])):
         if values.numel() and not 0 <= (low := int(values.min())) <= (high := int(values.max())) < num_classes:
             raise ValueError(

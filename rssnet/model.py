@@ -88,7 +88,9 @@ class RSSNet(nn.Module):
         return self.decoder(images, self.backbone(images))
 
     def resized(self, image_size: int | tuple[int, int]) -> RSSNet:
-        """The same model for images of another size, position embeddings and biases resized; weights are copied.
+        """The same model for images of another size, position embeddings and biases resized.
+
+        Weights are copied; dtype, device, and which parameters are trained stay.
 
         Args:
             image_size: Side, or (height, width), in pixels.
@@ -96,9 +98,15 @@ class RSSNet(nn.Module):
         Raises:
             ValueError: a size that the backbone cannot take.
         """
-        model = RSSNet(replace(self.config, image_size=image_size, pretrained=False), self.classes)
+        config = replace(self.config, image_size=image_size)
+        model = RSSNet(replace(config, pretrained=False), self.classes)
         model.backbone.load_resized(self.backbone)
         model.decoder.load_state_dict(self.decoder.state_dict())
+        model.config = config
+        first = next(self.parameters())
+        model.to(first.device, first.dtype)
+        for own, others in zip(model.parameters(), self.parameters(), strict=True):
+            own.requires_grad_(others.requires_grad)
         return model.train(self.training)
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:

@@ -129,7 +129,7 @@ class SpatiallyAdaptiveSeparation(nn.Module):
             self.key = nn.Conv2d(width, groups * hidden, kernel_size=1)
         self.gate_bias = nn.Parameter(torch.full((groups, 1), gate_bias))
         log_bilinear = bilinear_weights(ratio, kernel_size).clamp(min=BILINEAR_FLOOR).log()
-        self.register_buffer("log_bilinear", log_bilinear, persistent=False)
+        self.register_buffer("log_bilinear", log_bilinear)  # saved, for models that are built on meta and then filled
 
     log_bilinear: Tensor
 

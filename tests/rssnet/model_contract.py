@@ -25,12 +25,14 @@ class ModelContract:
     other_size: ClassVar[tuple[int, int]] = (96, 32)
     # Families with batch norm give other features in training than in evaluation.
     has_batch_norm: ClassVar[bool] = False
+    # Variants of a family, and families too slow to build thrice, are tried with one head.
     heads: ClassVar[tuple[str, ...]] = ("rssnet", "linear", "upernet")
-    exported_heads: ClassVar[tuple[str, ...]] = ("rssnet",)
+    traced_heads: ClassVar[tuple[str, ...]] = ("rssnet",)
 
     def pytest_generate_tests(self, metafunc):
         if "model" in metafunc.fixturenames:
-            heads = self.exported_heads if "exported" in metafunc.definition.name else self.heads
+            traced = any(word in metafunc.definition.name for word in ("exported", "compiled"))
+            heads = self.traced_heads if traced else self.heads
             metafunc.parametrize("model", heads, indirect=True, scope="class")
 
     @pytest.fixture(scope="class")
@@ -117,10 +119,6 @@ class ModelContract:
         gradients = [p.grad for p in model.parameters() if p.requires_grad]
         assert all(gradient.isfinite().all() for gradient in gradients)
 
-
-class ExportContract(ModelContract):
-    """And that a model can leave Python."""
-
     def test_an_exported_program_gives_the_same_for_any_batch(self, model, images):
         model.eval()
         batch = torch.export.Dim("batch", min=1, max=16)
@@ -128,3 +126,10 @@ class ExportContract(ModelContract):
             program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
             more = torch.cat([images, images[:1]])
             torch.testing.assert_close(program.module()(more).logits, model(more).logits, rtol=1e-4, atol=1e-4)
+
+    def test_a_graph_compiled_whole_gives_the_same(self, model, images):
+        model.eval()
+        torch.compiler.reset()
+        with torch.no_grad():
+            compiled = torch.compile(model, backend="eager", fullgraph=True)
+            torch.testing.assert_close(compiled(images).logits, model(images).logits)

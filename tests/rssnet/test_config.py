@@ -51,6 +51,17 @@ def test_an_unknown_field_is_named_with_the_known_ones():
         (lambda: SeparationConfig(form="magic"), "separation.form must be one of"),  # pyright: ignore
         (lambda: CrossAttentionConfig(layers=0), "cross_attention.layers must be 1 or more"),
         (lambda: CrossAttentionConfig(heads=0), "cross_attention.heads must be 1 or more"),
+        (lambda: CrossAttentionConfig(mlp_ratio=0), "cross_attention.mlp_ratio must be above 0, not 0"),
+        (lambda: SeparationConfig(kernel_size=3.0), "separation.kernel_size must be a whole number, not 3.0"),  # pyright: ignore
+        (lambda: RSSNetConfig(image_size=(64.7, 96)), "image_size must be a whole number, not 64.7"),  # pyright: ignore
+        (lambda: RSSNetConfig(image_size=512.5), "image_size must be a whole number, not 512.5"),  # pyright: ignore
+        (lambda: RSSNetConfig(num_classes=2.5), "num_classes must be a whole number, not 2.5"),  # pyright: ignore
+        (lambda: RSSNetConfig.from_dict({"num_classes": "3"}), "num_classes must be a whole number, not '3'"),
+        (lambda: RSSNetConfig.from_dict({"drop_path": "much"}), "RSSNetConfig has a value of a wrong type"),
+        (lambda: RSSNetConfig.from_dict({"separation": None}), "RSSNetConfig.separation must be a group of fields"),
+        (lambda: LossConfig(auxiliary=-1), "auxiliary must be finite and not below 0, not -1"),
+        (lambda: LossConfig(attention_bce=float("nan")), "attention_bce must be finite and not below 0, not nan"),
+        (lambda: LossConfig(class_weights=[1.0, -1.0]), "class_weights must be finite and not below 0, not -1.0"),
         (lambda: LossConfig(temperature=0), "temperature must be above 0"),
         (lambda: LossConfig(label_smoothing=1), "label_smoothing must be in"),
         (lambda: LossConfig(hardest_fraction=0), "hardest_fraction must be in"),

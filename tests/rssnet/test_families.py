@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from rssnet import RSSNet, RSSNetConfig
-from tests.rssnet.model_contract import ExportContract, ModelContract
+from tests.rssnet.model_contract import ModelContract
 
 # Plain transformers: one stride.
 
 
-class TestViT(ExportContract):
+class TestViT(ModelContract):
     backbone = "vit_tiny_patch16_224"
     options = {"depth": 2, "embed_dim": 48, "num_heads": 3}
     other_size = (48, 80)
-    exported_heads = ("rssnet", "linear", "upernet")
+    traced_heads = ("rssnet", "linear", "upernet")
 
 
 class TestDeiT3(ModelContract):
@@ -37,7 +37,7 @@ class TestSigLIP(ModelContract):
     other_size = (48, 80)
 
 
-class TestDINOv2(ExportContract):
+class TestDINOv2(ModelContract):
     backbone = "vit_small_patch14_dinov2"
     options = {"depth": 2, "embed_dim": 48, "num_heads": 3}
     image_size = (56, 84)
@@ -52,13 +52,13 @@ class TestDINOv2WithRegisters(ModelContract):
     heads = ("rssnet",)
 
 
-class TestDINOv3(ExportContract):
+class TestDINOv3(ModelContract):
     backbone = "vit_small_patch16_dinov3"
     options = {"depth": 2, "embed_dim": 48, "num_heads": 3}
     other_size = (48, 80)
 
 
-class TestBEiT(ExportContract):
+class TestBEiT(ModelContract):
     backbone = "beit_base_patch16_224"
     options = {"depth": 2, "embed_dim": 48, "num_heads": 3}
     other_size = (48, 80)
@@ -71,7 +71,7 @@ class TestBEiTv2(ModelContract):
     heads = ("rssnet",)
 
 
-class TestEVA02(ExportContract):
+class TestEVA02(ModelContract):
     backbone = "eva02_tiny_patch14_224"
     options = {"depth": 2, "embed_dim": 48, "num_heads": 3}
     image_size = (56, 84)
@@ -90,13 +90,12 @@ class TestXCiT(ModelContract):
     options = {"depth": 2}
     other_size = (48, 80)
     has_batch_norm = True
-    heads = ("rssnet",)
 
 
 # Pyramids: one stride per stage.
 
 
-class TestSwin(ExportContract):
+class TestSwin(ModelContract):
     backbone = "swin_tiny_patch4_window7_224"
     options = {"depths": (1, 1, 2, 1), "embed_dim": 24, "num_heads": (1, 2, 3, 4)}
 
@@ -137,7 +136,6 @@ class TestMViTv2(ModelContract):
     backbone = "mvitv2_tiny"
     image_size = (64, 64)  # the family takes squares only
     other_size = (96, 96)
-    heads = ("rssnet",)
 
 
 class TestDaViT(ModelContract):
@@ -156,7 +154,7 @@ class TestEfficientViT(ModelContract):
     has_batch_norm = True
 
 
-class TestConvNeXt(ExportContract):
+class TestConvNeXt(ModelContract):
     backbone = "convnext_atto"
     options = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}
 

@@ -249,6 +249,27 @@ def test_labels_that_are_all_ignored_give_zero_and_no_gradient(model, output):
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
 
 
+def test_a_batch_of_classes_without_weight_has_no_gradient_however_the_loss_is_scaled(model, output):
+    criterion = RSSNetLoss(LossConfig(class_weights=[0.0, *[1.0] * (K - 1)]), K)
+    model.zero_grad()
+    (criterion(output, torch.zeros(2, 64, 64, dtype=torch.int64))["segmentation"] * 2**16).backward(retain_graph=True)
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
+
+
+def test_labels_may_be_of_any_integers(output):
+    labels = torch.randint(0, K, (2, 64, 64))
+    criterion = RSSNetLoss(LossConfig(), K)
+    torch.testing.assert_close(criterion(output, labels.to(torch.uint8)), criterion(output, labels))
+
+
+@pytest.mark.parametrize(
+    "labels", [torch.zeros(2, 64, 64), torch.zeros(2, 1, 64, 64).long(), torch.zeros(3, 64, 64).long()]
+)
+def test_labels_of_another_type_or_shape_are_refused(output, labels):
+    with pytest.raises(ValueError, match=r"Labels must be integers of shape \(2, height, width\), not torch"):
+        RSSNetLoss(LossConfig(), K)(output, labels)
+
+
 def test_one_image_all_ignored_changes_nothing_for_the_other(model):
     torch.manual_seed(1)
     images, labels = torch.randn(2, 3, 64, 64), labels_of(height=64, width=64)

@@ -150,6 +150,12 @@ def test_narrow_integers_dont_overflow(dtype):
     )
 
 
+def test_an_ignore_index_that_the_label_s_type_cannot_hold_ignores_nothing():
+    matrix = ConfusionMatrix(150, ignore_index=300)
+    matrix.update(torch.tensor([44]), torch.tensor([44], dtype=torch.uint8))
+    assert matrix.counts[44, 44] == 1
+
+
 def test_ids_of_thousands_of_classes_count_with_a_wider_ignore_index():
     matrix = ConfusionMatrix(1000, ignore_index=65535)
     matrix.update(torch.tensor([255, 999, 3]), torch.tensor([255, 999, 65535]))
@@ -246,6 +252,10 @@ def test_a_mask_restricts_the_matrix_to_the_band():
         (lambda: ConfusionMatrix(300), "ignore_index 255 is one of the 300 classes"),
         (lambda: counted(torch.tensor([5]), torch.tensor([0])), "prediction holds the value 5; classes are 0 to 4"),
         (lambda: counted(torch.tensor([0]), torch.tensor([77])), "label holds the value 77"),
+        (
+            lambda: ConfusionMatrix(5, -100).update(torch.tensor([0]), torch.tensor([156], dtype=torch.uint8)),
+            "label holds the value 156",
+        ),
         (lambda: counted(torch.tensor([0]), torch.tensor([-3])), "label holds the value -3"),
         (lambda: counted(torch.zeros(1, 2).long(), torch.zeros(2, 1).long()), r"got \(1, 2\) and \(2, 1\)"),
         (

@@ -220,6 +220,27 @@ def test_inference_needs_at_most_a_quarter_more_memory_than_the_backbone():
     assert peak(model.backbone) < peak(model) <= 1.25 * peak(model.backbone)
 
 
+def test_a_model_built_without_memory_and_then_filled_is_the_same(model, images):
+    with torch.device("meta"):
+        other = RSSNet(CONFIG)
+    other.to_empty(device="cpu").load_state_dict(model.state_dict())
+    torch.testing.assert_close(other.eval()(images).logits, model(images).logits)
+
+
+def test_a_model_for_another_size_keeps_dtype_and_what_is_trained():
+    model = RSSNet(CONFIG).to(torch.bfloat16)
+    model.backbone.requires_grad_(False)
+    larger = model.resized((96, 96))
+    assert {parameter.dtype for parameter in larger.parameters()} == {torch.bfloat16}
+    assert not any(parameter.requires_grad for parameter in larger.backbone.parameters())
+    assert all(parameter.requires_grad for parameter in larger.decoder.parameters())
+
+
+def test_any_width_has_heads_that_divide_it():
+    for width in (8, 100, 150, 200):
+        RSSNet(replace(CONFIG, decoder_width=width))
+
+
 def test_upernet_is_as_large_as_published():
     with torch.device("meta"):
         config = RSSNetConfig("beit_large_patch16_224", 150, 640, head="upernet", decoder_width=1024)

@@ -153,11 +153,24 @@ def test_groups_that_do_not_divide_the_width_are_refused():
         module(groups=3)
 
 
-@pytest.mark.parametrize("width", [128, 256])
+@pytest.mark.parametrize(
+    ("width", "form", "groups", "maps"),
+    [
+        (256, "conv", 1, 4),
+        (128, "conv", 1, 4),
+        (256, "plain", 1, 4),
+        (128, "plain", 1, 4),
+        # Weights for k*k tokens, made by a softmax, are not small beside narrow maps, nor are eight sets of them.
+        (64, "conv", 1, 4.4),
+        (64, "affinity", 1, 4.7),
+        (256, "affinity", 1, 4.2),
+        (256, "conv", 8, 5.1),
+        (64, "conv", 8, 9.6),
+    ],
+)
 @pytest.mark.parametrize("ratio", [2, 4])
-@pytest.mark.parametrize("form", ["conv", "plain"])
-def test_forward_and_backward_hold_at_most_four_maps(width, ratio, form):
-    separation = module(form, width=width, local_width=width, ratio=ratio)
+def test_forward_and_backward_hold_few_maps(width, form, groups, maps, ratio):
+    separation = module(form, width=width, local_width=width, ratio=ratio, groups=groups)
     deep = torch.randn(1, width, 32, 32).requires_grad_()
     local, gradient = (
         torch.randn(1, width, 32 * ratio, 32 * ratio).contiguous(memory_format=torch.channels_last) for _ in range(2)
@@ -168,4 +181,4 @@ def test_forward_and_backward_hold_at_most_four_maps(width, ratio, form):
         separated.backward(gradient)
     one_map = local.numel() * local.element_size()
     assert memory.peak > one_map  # the output at least
-    assert memory.peak <= 4 * one_map
+    assert memory.peak <= maps * one_map
