@@ -229,16 +229,20 @@ def on_accelerator(device: torch.device, batch: int = 8) -> list[dict[str, Any]]
     rows: list[dict[str, Any]] = []
     for size in (512, 640):
         images = torch.randn(batch, 3, size, size, device=device)
-        rssnet = ours(BEIT_L, size)().to(device).eval()
-        upernet = ours(BEIT_L, size, head="upernet")().to(device).eval()
-        models = {"backbone alone": rssnet.get_submodule("backbone"), "RSSNet": rssnet, "UPerNet": upernet}
-        for name, model in models.items():
+        for name, build in (
+            ("backbone alone", lambda: ours(BEIT_L, size)().get_submodule("backbone")),  # noqa: B023 - called here
+            ("RSSNet", ours(BEIT_L, size)),
+            ("UPerNet", ours(BEIT_L, size, head="upernet")),
+        ):
+            model = build().to(device).eval()  # one at a time: the peak counts every weight on the device
             for compiled in (False, True):
                 torch.compiler.reset()
                 called: Any = torch.compile(model) if compiled else model
                 row = {"backbone": BEIT_L, "size": size, "model": name, "compiled": compiled, "batch": batch}
                 rows.append(row | throughput(called, images))
                 print(rows[-1], flush=True)
+            del model, called
+            torch.cuda.empty_cache()
     return rows
 
 
@@ -315,8 +319,10 @@ def main() -> None:
         tables = measure_on_cpu()
         tables = {"What RSSNet must reach": verdicts(tables), **tables}
     header = describe(device)
+    if device.type == "cpu":
+        header["missing"] = "images per second and peak memory on a GPU: none was at hand; `make gpu` measures them"
     if importlib.util.find_spec("transformers") is None:
-        header["missing"] = "UPerNet and DPT of the transformers library, which is not installed"
+        header["left out"] = "UPerNet and DPT of the transformers library, which is not installed"
     lines = ["# Size, speed and memory of the model", *(f"- {name}: {value}" for name, value in header.items())]
     text = "\n".join(lines) + "".join(f"\n\n## {title}\n\n{markdown(rows)}" for title, rows in tables.items())
     file = results_file("model", device, ".md")
