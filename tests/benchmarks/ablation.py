@@ -62,7 +62,7 @@ class Settings:
     crop: tuple[int, int] = (160, 224)
     scale: float = 0.5
     jitter: tuple[float, float] = (0.75, 1.5)
-    iterations: int = 500
+    iterations: int = 400
     batch_size: int = 4
     lr: float = 1e-3
     decoder_lr_scale: float = 2.0
