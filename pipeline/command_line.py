@@ -46,10 +46,17 @@ def parse(parser: ArgumentParser, config_class: type, arguments: Sequence[str] |
         WrongCall: for everything that cannot be understood.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    read = []
     for position, flag in enumerate(given):
-        if flag == "--config" or flag.startswith("--config="):  # a URL with credentials is refused before it is opened
-            storage.split(flag.partition("=")[2] or " ".join(given[position + 1 : position + 2]))
-    return _instance(parser, config_class, lambda: parser.parse_args(given))
+        if flag == "--config" or flag.startswith("--config="):
+            read.append(flag.partition("=")[2] or " ".join(given[position + 1 : position + 2]))
+            storage.split(read[-1])  # a URL with credentials is refused before it is opened
+    try:
+        return _instance(parser, config_class, lambda: parser.parse_args(given))
+    except WrongCall as error:
+        if not read:
+            raise
+        raise WrongCall(f"{str(error).rstrip('.')} (with --config {', '.join(read)}).") from error
 
 
 def read_yaml(url: str) -> dict[str, Any]:

@@ -90,6 +90,9 @@ def ingest(config: IngestConfig) -> RunRecord:
             return finished
         refuse_other_work(config.dataset, "ingest", config, inputs)
     layout = read_layout(config.layout, config.source, objects)
+    others = layout.passed_over(objects)
+    if others:
+        announce(f"  {len(others)} other files are passed over, such as {storage.redacted(others[0])}")
     splits = sorted({pair.split for pair in layout.pairs} | {reject.split for reject in layout.rejects})
     # Also what may not come to be: rows that an earlier run left under any of these names must not stay beside the new.
     outputs = [dataset.INFO_FILE, dataset.REJECTS_FOLDER, *splits]

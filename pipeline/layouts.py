@@ -17,6 +17,7 @@ from rssnet.classes import Classes
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 LABEL_SUFFIXES = (".png",)
+CLASSES_FILE = "classes.json"
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,12 @@ class Layout:
     label_values: Mapping[int, int]
     pairs: list[Pair] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
+
+    def passed_over(self, objects: Iterable[storage.StoredObject]) -> list[str]:
+        """The URLs of listed objects that are neither image, label nor reject: other files, or in no place it knows."""
+        used = {pair.image_url for pair in self.pairs} | {pair.label_url for pair in self.pairs}
+        used |= {reject.source_uri for reject in self.rejects}
+        return [item.url for item in objects if item.url not in used and PurePosixPath(item.url).name != CLASSES_FILE]
 
 
 def read_layout(name: str, source: str, objects: list[storage.StoredObject]) -> Layout:
@@ -114,7 +121,7 @@ def _camvid(source: str, objects: list[storage.StoredObject]) -> Layout:
 
 def _folders(source: str, objects: list[storage.StoredObject]) -> Layout:
     """A user's own: `images/<split>/...`, `labels/<split>/...` with the same stem, and `classes.json` beside them."""
-    place = storage.join(source, "classes.json")
+    place = storage.join(source, CLASSES_FILE)
     try:
         document = storage.read_json(place)
     except FileNotFoundError:

@@ -175,6 +175,7 @@ def test_a_wrong_file_is_answered_with_the_field(tmp_path: Path, text: str, says
     with pytest.raises(WrongCall) as wrong:
         parsed("--config", str(file))
     assert says in str(wrong.value)
+    assert f"(with --config {file})" in str(wrong.value)
 
 
 def test_a_document_is_loaded_with_values_by_dotted_name() -> None:

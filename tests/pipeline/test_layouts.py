@@ -126,8 +126,11 @@ def test_two_images_or_two_labels_of_one_stem_are_rejected_but_for_the_first() -
 
 
 def test_files_that_are_no_images_are_passed_over() -> None:
-    layout = camvid_tree("train/a.png", "trainannot/a.png", "train/notes.txt", "trainannot/colours.csv", "train.zip")
+    paths = ("train/a.png", "trainannot/a.png", "train/notes.txt", "trainannot/colours.csv", "train.zip")
+    layout = camvid_tree(*paths)
     assert rejects(layout) == set()
+    passed_over = {url.removeprefix(f"{SOURCE}/") for url in layout.passed_over(listing(paths))}
+    assert passed_over == {"train/notes.txt", "trainannot/colours.csv", "train.zip"}
 
 
 def test_auto_tells_the_trees_apart(folders) -> None:

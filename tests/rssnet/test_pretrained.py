@@ -1,5 +1,6 @@
-"""Pre-trained weights from files and URLs: what fits, what is missing, what is left over, what is refused."""
+"""Pre-trained weights from files, URLs and hubs: what fits, what is missing, what is left over, what is refused."""
 
+import json
 import pickle
 from typing import Any
 
@@ -8,8 +9,10 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.layers.pos_embed import resample_abs_pos_embed
 
 from rssnet import RSSNet, RSSNetConfig
+from rssnet.backbone import Backbone, inspect_backbone
 
 OPTIONS: dict[str, Any] = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 CONFIG = RSSNetConfig(
@@ -58,18 +61,87 @@ def test_a_url_fills_the_backbone(published, tmp_path):
     assert_filled(load("memory://models/weights.safetensors"), published)
 
 
-def test_missing_and_unexpected_weights_are_reported_and_logged(published, tmp_path, caplog):
-    weights = dict(published)
-    weights["blocks.7.extra"] = weights.pop("blocks.1.mlp.fc2.bias")
+def test_other_heads_and_norms_are_allowed_reported_and_logged(published, tmp_path, caplog):
+    weights = {name: tensor for name, tensor in published.items() if not name.startswith("norm.")}
+    weights["decoder_blocks.0.norm1.weight"] = torch.zeros(48)  # MAE publishes its decoder too
     save_file(weights, tmp_path / "weights.safetensors")
     with caplog.at_level("INFO", logger="rssnet"):
         report = load(tmp_path / "weights.safetensors").weights_report
     assert report is not None
-    assert report.missing == ("blocks.1.mlp.fc2.bias",)
-    assert report.unexpected == ("blocks.7.extra",)
+    assert report.missing == ("norm.weight", "norm.bias")
+    assert report.unexpected == ("decoder_blocks.0.norm1.weight",)
     (record,) = (record for record in caplog.records if record.name == "rssnet.pretrained")
     assert record.levelname == "WARNING"
-    assert "blocks.1.mlp.fc2.bias" in record.getMessage()
+    assert "norm.bias" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("name", "weight"),
+    [
+        ("vit_relpos_small_patch16_224", "blocks.0.attn.rel_pos.relative_position_index"),  # computed by the model
+        ("dla46_c", "level3.tree1.project.0.weight"),  # published, never used
+    ],
+)
+def test_left_over_weights_that_mean_nothing_are_allowed(tmp_path, name, weight):
+    options = {"depth": 1, "embed_dim": 48, "num_heads": 3} if name.startswith("vit") else {}
+    weights = timm.create_model(name, **options).state_dict()
+    save_file({**weights, weight: torch.zeros(2)}, tmp_path / "weights.safetensors")
+    backbone = load(tmp_path / "weights.safetensors", backbone=name, backbone_options=options)
+    assert backbone.weights_report is not None
+    assert backbone.weights_report.unexpected == (weight,)
+
+
+def test_blocks_that_nothing_reads_may_be_missing(published, tmp_path):
+    save_file(published, tmp_path / "weights.safetensors")
+    options = {**OPTIONS, "depth": 4}
+    layout = inspect_backbone("vit_tiny_patch16_224", options)
+    backbone = Backbone(
+        layout=layout,
+        taps=layout.taps[:2],
+        image_size=(224, 224),
+        options=options,
+        pretrained=str(tmp_path / "weights.safetensors"),
+    )
+    assert_filled(backbone, published)
+
+
+def test_deit3_may_have_the_names_that_it_was_published_with(tmp_path):
+    weights = timm.create_model("deit3_small_patch16_224", **OPTIONS).state_dict()
+    original = {name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): weights[name] for name in weights}
+    assert "blocks.0.gamma_1" in original
+    save_file(original, tmp_path / "weights.safetensors")
+    backbone = load(tmp_path / "weights.safetensors", backbone="deit3_small_patch16_224")
+    assert_filled(backbone, weights)
+
+
+SAME_SIZE: list[tuple[str, dict[str, Any], tuple[int, int]]] = [
+    ("vit_tiny_patch16_224", OPTIONS, (448, 448)),
+    ("vit_tiny_patch16_224", OPTIONS, (64, 96)),
+    ("beit_base_patch16_224", {"depth": 2, "embed_dim": 48, "num_heads": 3}, (448, 448)),
+    ("beit_base_patch16_224", {"depth": 2, "embed_dim": 48, "num_heads": 3}, (64, 96)),
+    ("hiera_tiny_224", {"stages": (1, 1, 1, 1), "embed_dim": 24}, (64, 96)),  # timm resizes no Hiera
+]
+
+
+@pytest.mark.parametrize(("name", "options", "size"), SAME_SIZE)
+def test_weights_of_the_size_asked_for_stay_as_they_are(tmp_path, name, options, size):
+    torch.manual_seed(0)
+    weights = timm.create_model(name, num_classes=0, img_size=size, **options).state_dict()
+    for tensor in weights.values():
+        tensor.normal_()  # tables start at zero, and zeros stay zeros however often they are resized
+    save_file(weights, tmp_path / "weights.safetensors")
+    backbone = load(tmp_path / "weights.safetensors", backbone=name, backbone_options=options, image_size=size)
+    assert any(kind in name for name in backbone.body.state_dict() for kind in ("pos_embed", "position_bias_table"))
+    assert_filled(backbone, weights)
+
+
+def test_weights_of_a_third_size_are_resized_once(tmp_path):
+    torch.manual_seed(0)
+    weights = timm.create_model("vit_tiny_patch16_224", img_size=384, **OPTIONS).state_dict()
+    save_file(weights, tmp_path / "weights.safetensors")
+    found = load(tmp_path / "weights.safetensors", image_size=(448, 320)).body.pos_embed
+    expected = resample_abs_pos_embed(weights["pos_embed"], new_size=[28, 20], old_size=[24, 24], num_prefix_tokens=1)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("image_size", [(64, 96), (256, 224)])
@@ -104,10 +176,68 @@ def test_families_that_timm_does_not_resize_are_resized(tmp_path, name):
     assert model(torch.randn(1, 3, 64, 64)).logits.isfinite().all()
 
 
-def test_weights_of_another_architecture_are_refused(tmp_path):
-    save_file(timm.create_model("convnext_atto", num_classes=0).state_dict(), tmp_path / "weights.safetensors")
-    with pytest.raises(ValueError, match=r"another architecture than vit_tiny_patch16_224: \d+ of its \d+ tensors"):
-        load(tmp_path / "weights.safetensors")
+VIT: dict[str, Any] = {"embed_dim": 48, "num_heads": 3}
+CONVNEXT: dict[str, Any] = {"dims": (8, 16, 24, 32)}
+RESNET: dict[str, Any] = {"channels": (8, 16, 24, 32)}
+OTHERS: list[tuple[str, dict[str, Any], str, dict[str, Any], str]] = [
+    ("convnext_atto", CONVNEXT, "vit_tiny_patch16_224", OPTIONS, r"\d+ of its \d+ tensors are missing \(.*and 0 of"),
+    (
+        "vit_tiny_patch16_224",
+        {**VIT, "depth": 2},
+        "vit_tiny_patch16_224",
+        {**VIT, "depth": 4},
+        r"24 of its \d+ tensors are missing \(blocks.2.norm1.weight, .*and 0 of the weights",
+    ),
+    (
+        "vit_tiny_patch16_224",
+        {**VIT, "depth": 4},
+        "vit_tiny_patch16_224",
+        {**VIT, "depth": 2},
+        r"0 of its \d+ tensors are missing and 24 of the weights have no place in it \(blocks.2.norm1.weight",
+    ),
+    ("beit_base_patch16_224", {**VIT, "depth": 4}, "beit_base_patch16_224", {**VIT, "depth": 2}, "cannot be read as"),
+    (
+        "convnext_atto",
+        {**CONVNEXT, "depths": (1, 1, 1, 1)},
+        "convnext_atto",
+        {**CONVNEXT, "depths": (1, 1, 3, 1)},
+        r"\(stages.2.blocks.1",
+    ),
+    (
+        "convnext_atto",
+        {**CONVNEXT, "depths": (1, 1, 3, 1)},
+        "convnext_atto",
+        {**CONVNEXT, "depths": (1, 1, 1, 1)},
+        r"no place in it \(stages.2.blocks.1",
+    ),
+    ("resnet18", RESNET, "resnet34", RESNET, r"80 of its \d+ tensors .*\(layer1.2.conv1.weight"),
+    ("resnet34", RESNET, "resnet18", RESNET, r"96 of the weights have no place in it \(layer1.2.conv1.weight"),
+    (
+        "vit_small_patch16_224",
+        {**VIT, "depth": 2},
+        "vit_small_patch16_dinov3",
+        {**VIT, "depth": 2},
+        r"5 of its \d+ tensors are missing .* 3 of the weights have no place in it \(pos_embed, blocks.0.attn.qkv.bias",
+    ),
+    (
+        "vit_small_patch14_reg4_dinov2",
+        {**VIT, "depth": 2},
+        "vit_small_patch14_dinov2",
+        {**VIT, "depth": 2},
+        r"no place in it \(reg_token\)|could not be loaded",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "other_name", "other_options", "message"), OTHERS)
+def test_weights_of_another_architecture_are_refused(tmp_path, name, options, other_name, other_options, message):
+    weights = timm.create_model(name, **options).state_dict()
+    save_file(weights, tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError, match=message) as refusal:
+        load(tmp_path / "weights.safetensors", backbone=other_name, backbone_options=other_options)
+    assert str(tmp_path) in str(refusal.value)
+    assert f"weights of {other_name}" in str(refusal.value)
+    assert "set pretrained to false" in str(refusal.value)
 
 
 def test_weights_of_another_width_are_refused(tmp_path):
@@ -147,3 +277,58 @@ def test_a_hub_out_of_reach_is_answered_with_what_to_do(monkeypatch, source):
     values = {**CONFIG.to_dict(), "pretrained": source}
     with pytest.raises(ValueError, match=r"could not be loaded .*or set pretrained to false"):
         RSSNet(RSSNetConfig.from_dict(values))
+
+
+# Normalisation.
+
+
+def normalisation(backbone):
+    return backbone.pixel_mean, backbone.pixel_std
+
+
+def test_a_file_leaves_the_normalisation_of_the_backbones_name_unless_another_is_given(published, tmp_path):
+    save_file(published, tmp_path / "weights.safetensors")
+    assert normalisation(load(tmp_path / "weights.safetensors")) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    overlay = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    options = {**OPTIONS, "pretrained_cfg_overlay": overlay}
+    given = load(tmp_path / "weights.safetensors", backbone_options=options, image_size=64)
+    assert normalisation(given) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+@pytest.fixture
+def hub(published, tmp_path, monkeypatch):
+    """A repository as the hub's cache keeps it; called with what its config.json says."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--owner--weights"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    save_file(published, snapshot / "model.safetensors")
+
+    def publish(config):
+        (snapshot / "config.json").write_text(json.dumps(config))
+        return "hf-hub:owner/weights"
+
+    return publish
+
+
+def test_a_hub_tells_the_normalisation_of_its_weights(hub, published):
+    mean, std = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
+    source = hub({"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {"mean": mean, "std": std}})
+    backbone = load(source)
+    assert_filled(backbone, published)
+    assert normalisation(backbone) == (tuple(mean), tuple(std))
+    assert normalisation(load(source, image_size=64)) == (tuple(mean), tuple(std))
+    options = {**OPTIONS, "pretrained_cfg_overlay": {"mean": [0.0, 0.0, 0.0]}}
+    assert normalisation(load(source, backbone_options=options)) == ((0.0, 0.0, 0.0), tuple(std))
+
+
+@pytest.mark.parametrize(
+    "config", [{"model_type": "of another library"}, {"architecture": "vit", "pretrained_cfg": {"num_classes": 3}}]
+)
+def test_a_hub_that_tells_no_normalisation_leaves_that_of_the_backbones_name(hub, published, config):
+    backbone = load(hub(config))
+    assert_filled(backbone, published)
+    assert normalisation(backbone) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
