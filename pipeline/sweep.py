@@ -89,7 +89,10 @@ class SweepConfig:
 
 @dataclass(frozen=True)
 class Trial:
-    """One configuration that was tried, with the last scores that it reported; a row of `trials.parquet`."""
+    """One configuration that was tried, with the last scores that it reported; a row of `trials.parquet`.
+
+    `state` is `finished`, `stopped` if the scheduler ended it early, or `failed`.
+    """
 
     trial: int
     trial_id: str
@@ -131,7 +134,7 @@ def sweep(config: SweepConfig) -> RunRecord:
                 grid = _tuner(config, space, default.iterations, progress.reporter).fit()
             if len(grid) != config.trials:
                 raise PipelineError(f"{len(grid)} of {config.trials} trials of {config.run} were run: run it again.")
-            trials = _trials(grid)
+            trials = _trials(grid, config, space)
             table = pa.Table.from_pylist([dataclasses.asdict(trial) for trial in trials], schema=TRIALS_SCHEMA)
             write_table(storage.join(config.run, TRIALS_FILE), table)
             record.counts = {"trials": len(trials), "failed": sum(trial.state == "failed" for trial in trials)}
@@ -228,15 +231,19 @@ class _ReportEvaluations(TuneReportCallback):
             super().after_report(run_context, metrics, checkpoint)
 
 
-def _trials(grid: tune.ResultGrid) -> list[Trial]:
+def _trials(grid: tune.ResultGrid, config: SweepConfig, space: SearchSpace) -> list[Trial]:
     trials = []
     for number in range(len(grid)):
         result = grid[number]
         metrics: Mapping[str, Any] = result.metrics or {}
         parameters = yaml.safe_dump(dict(result.config or {}), default_flow_style=True, width=10_000).strip()
-        error = None
+        iterations, error = int(metrics.get("iteration", 0)), None
         if result.error:
+            state = "failed"
             error = str(mendable_cause(result.error) or result.error).strip().splitlines()[-1][:500]
+        else:
+            planned = space.config(config.dataset, config.run, dict(result.config or {})).iterations
+            state = "finished" if iterations >= planned else "stopped"
         trials.append(
             Trial(
                 trial=number,
@@ -245,9 +252,9 @@ def _trials(grid: tune.ResultGrid) -> list[Trial]:
                 miou=metrics.get("miou"),
                 aacc=metrics.get("aacc"),
                 loss=metrics.get("loss"),
-                iterations=int(metrics.get("iteration", 0)),
+                iterations=iterations,
                 seconds=float(metrics.get("time_total_s", 0.0)),
-                state="failed" if result.error else "finished",
+                state=state,
                 error=error,
             )
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,7 +129,8 @@ class Backbone(nn.Module):
         taps: Where to take features, in the order they are returned.
         image_size: (height, width) in pixels.
         options: Arguments for `timm.create_model`.
-        pretrained: True for timm's weights, or a file, URL or hub id; False for random ones.
+        pretrained: True for timm's weights, or a file, URL or hub id; False for random ones. rssnet.pretrained says
+            how to normalise images otherwise than the backbone's name implies.
         drop_path: Largest rate of stochastic depth.
         frozen: Keep weights and statistics in training.
         gradient_checkpointing: Recompute activations in backward.
@@ -176,11 +177,13 @@ class Backbone(nn.Module):
             raise ValueError(f"Backbone {layout.name!r} has no stochastic depth; set drop_path to 0, not {drop_path}.")
         # With gradients whatever the caller's mode: what is left out of the rehearsal's is what nothing reads.
         with torch.device("meta"), torch.inference_mode(False), torch.enable_grad():
-            unread = self._rehearse(self._build(arguments, image_size))
+            rehearsal = self._build(arguments, image_size)
+            unread = self._rehearse(rehearsal)
 
         self.weights_report: WeightsReport | None = None
         if pretrained:
-            self.body, self.weights_report = self._build_pretrained(arguments, pretrained)
+            required = _read_tensors(rehearsal, unread)
+            self.body, self.weights_report = self._build_pretrained(arguments, pretrained, required)
         else:
             self.body = self._build(arguments, image_size)
         for name in unread:
@@ -191,8 +194,13 @@ class Backbone(nn.Module):
             self.requires_grad_(False)
             self.train(False)
 
-        self.pixel_mean: tuple[float, ...] = tuple(self.body.pretrained_cfg["mean"])
-        self.pixel_std: tuple[float, ...] = tuple(self.body.pretrained_cfg["std"])
+        # timm knows the name, a hub the weights, and the user both.
+        normalisation = dict(self.body.pretrained_cfg)
+        if self.weights_report is not None:
+            normalisation.update(self.weights_report.normalisation)
+        normalisation.update(arguments.get("pretrained_cfg_overlay") or {})
+        self.pixel_mean: tuple[float, ...] = tuple(normalisation["mean"])
+        self.pixel_std: tuple[float, ...] = tuple(normalisation["std"])
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Feature maps of normalised images.
@@ -213,10 +221,13 @@ class Backbone(nn.Module):
     def load_resized(self, other: Backbone) -> None:
         """Takes the weights of the same backbone built for another image size, resizing what depends on it.
 
+        What images are normalised with belongs to the weights and comes with them.
+
         Args:
             other: That backbone.
         """
         self._load_resized(self.body, copy.deepcopy(other.body), other.image_size)
+        self.pixel_mean, self.pixel_std = other.pixel_mean, other.pixel_std
 
     def train(self, mode: bool = True) -> Backbone:
         """As in torch, but a frozen backbone stays in evaluation mode, its statistics and dropout fixed."""
@@ -229,18 +240,26 @@ class Backbone(nn.Module):
             self._prune(body)
         return body
 
-    def _build_pretrained(self, arguments: dict[str, Any], weights: bool | str) -> tuple[Any, WeightsReport]:
-        # Filled at the size that the weights were trained at, so that what is missing is really missing.
-        with torch.device("meta"):
-            native_size = tuple(_create(self.layout.name, arguments).pretrained_cfg["input_size"][-2:])
-        source = self._build(arguments, native_size, prune=False)
-        report = load_backbone_weights(source, weights)
-        self._prune(source)
-        if not self.layout.fixed_image_size or native_size == self.image_size:
-            return source, report
-        body = self._build(arguments, self.image_size)
-        self._load_resized(body, source, native_size)
-        return body, report
+    def _build_pretrained(
+        self, arguments: dict[str, Any], weights: bool | str, required: Collection[str]
+    ) -> tuple[Any, WeightsReport]:
+        # At the size asked for, so that weights of that size stay as they are and timm resizes others once. Families
+        # that timm doesn't resize are filled at its own size, and resized here.
+        sizes: list[tuple[int, ...]] = [self.image_size]
+        if self.layout.fixed_image_size:
+            with torch.device("meta"):
+                native_size = tuple(_create(self.layout.name, arguments).pretrained_cfg["input_size"][-2:])
+            if native_size != self.image_size:
+                sizes.append(native_size)
+        body, size, report = load_backbone_weights(
+            lambda size: self._build(arguments, size, prune=False), sizes, weights, required=required
+        )
+        self._prune(body)
+        if size == self.image_size:
+            return body, report
+        resized = self._build(arguments, self.image_size)
+        self._load_resized(resized, body, size)
+        return resized, report
 
     def _prune(self, body: Any) -> None:
         body.prune_intermediate_layers(self._indices, prune_norm=True, prune_head=True)
@@ -321,6 +340,17 @@ def _create(name: str, arguments: dict[str, Any]) -> Any:
         raise ValueError(
             f"Backbone {name!r} cannot be built with {arguments}: {error or type(error).__name__}."
         ) from error
+
+
+def _read_tensors(body: Any, unread: Collection[str]) -> set[str]:
+    """Names of the parameters that something reads, and of the statistics that belong to them."""
+    layers = {name.rpartition(".")[0] for name in unread}
+    parameters = dict(body.named_parameters())
+    return {
+        name
+        for name in body.state_dict()
+        if name not in unread and (name in parameters or name.rpartition(".")[0] not in layers)
+    }
 
 
 def _feature_info(body: Any) -> list[dict[str, Any]]:

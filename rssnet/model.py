@@ -35,7 +35,6 @@ class RSSNet(nn.Module):
         classes: Names and palette.
         backbone: The global pathway. With `decoder` it partitions the parameters.
         decoder: Everything after it.
-        pixel_mean, pixel_std: What images are normalised with, per channel, for values from 0 to 1.
 
     Raises:
         ValueError: a config that cannot be built; the message says what would be.
@@ -64,8 +63,16 @@ class RSSNet(nn.Module):
             gradient_checkpointing=config.gradient_checkpointing,
         )
         self.decoder = decoder(config=config, layout=layout)
-        self.pixel_mean = self.backbone.pixel_mean
-        self.pixel_std = self.backbone.pixel_std
+
+    @property
+    def pixel_mean(self) -> tuple[float, ...]:
+        """Mean that images are normalised with, per channel, for values from 0 to 1."""
+        return self.backbone.pixel_mean
+
+    @property
+    def pixel_std(self) -> tuple[float, ...]:
+        """Standard deviation that images are normalised with, per channel, for values from 0 to 1."""
+        return self.backbone.pixel_std
 
     def forward(self, images: Tensor) -> RSSNetOutput:
         """Classifies pixels.
@@ -115,7 +122,14 @@ class RSSNet(nn.Module):
         Args:
             folder: A path or an fsspec URL; made if it is missing.
         """
-        write_model(str(folder), Saved(config=self.config, classes=self.classes, weights=self.state_dict()))
+        saved = Saved(
+            config=self.config,
+            classes=self.classes,
+            weights=self.state_dict(),
+            pixel_mean=self.pixel_mean,
+            pixel_std=self.pixel_std,
+        )
+        write_model(str(folder), saved, parameters=[name for name, _ in self.named_parameters()])
 
     @classmethod
     def from_pretrained(cls, source: str | PathLike[str], image_size: int | tuple[int, int] | None = None) -> RSSNet:
@@ -139,6 +153,9 @@ class RSSNet(nn.Module):
                 "to these weights."
             )
         model.load_state_dict(saved.weights)
+        # As it was trained, whatever this release of timm says of the backbone's name.
+        model.backbone.pixel_mean = saved.pixel_mean or model.pixel_mean
+        model.backbone.pixel_std = saved.pixel_std or model.pixel_std
         model.config = saved.config
         model.eval()
         return model if image_size is None else model.resized(image_size)

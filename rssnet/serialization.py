@@ -6,8 +6,11 @@ Folders are paths, fsspec URLs or, to read, ids on the Hugging Face hub. Nothing
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import safetensors.torch
@@ -33,22 +36,44 @@ class Saved:
         config: The model's config.
         classes: Its classes.
         weights: Its state dict.
+        pixel_mean, pixel_std: What its images are normalised with, per channel, for values from 0 to 1; None in models
+            saved before it was written.
     """
 
     config: RSSNetConfig
     classes: Classes
     weights: dict[str, Tensor]
+    pixel_mean: tuple[float, ...] | None = None
+    pixel_std: tuple[float, ...] | None = None
 
 
-def write_model(folder: str, saved: Saved) -> None:
-    """Writes a model to a path or fsspec URL; `config.json`, without which nothing is read, comes last."""
+def write_model(folder: str, saved: Saved, *, parameters: Collection[str]) -> None:
+    """Writes a model in place of any that is there.
+
+    `config.json`, without which nothing is read, goes first and comes last: what a crash leaves is no model.
+
+    Args:
+        folder: A path or fsspec URL; made if it is missing.
+        saved: The model.
+        parameters: Names of the weights that are parameters; the others, such as batch norm's statistics, are not
+            counted on the model card.
+    """
     files, root = url_to_fs(folder)
     files.makedirs(root, exist_ok=True)
+    if files.exists(f"{root}/{CONFIG}"):
+        files.rm_file(f"{root}/{CONFIG}")
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in saved.weights.items()}
-    header = {"format": "rssnet", "version": FORMAT_VERSION, **saved.config.to_dict()}
+    header = {
+        "format": "rssnet",
+        "version": FORMAT_VERSION,
+        "pixel_mean": saved.pixel_mean,
+        "pixel_std": saved.pixel_std,
+        **saved.config.to_dict(),
+    }
+    counted = {name: saved.weights[name] for name in parameters}
     files.pipe_file(f"{root}/{WEIGHTS}", safetensors.torch.save(weights, metadata={"format": "pt"}))
     files.pipe_file(f"{root}/{CLASSES}", saved.classes.to_json().encode())
-    files.pipe_file(f"{root}/{CARD}", model_card(saved.config, saved.classes, saved.weights).encode())
+    files.pipe_file(f"{root}/{CARD}", model_card(saved.config, saved.classes, counted).encode())
     files.pipe_file(f"{root}/{CONFIG}", (json.dumps(header, indent=2) + "\n").encode())
 
 
@@ -77,7 +102,26 @@ def read_model(source: str) -> Saved:
         raise ValueError(
             f"{source!r} holds no model of format rssnet, version {FORMAT_VERSION}; save it with this version."
         )
-    return Saved(config=RSSNetConfig.from_dict(header), classes=classes, weights=weights)
+    mean, std = (_pixel_values(source, name, header.pop(name, None)) for name in ("pixel_mean", "pixel_std"))
+    config = RSSNetConfig.from_dict(header)
+    return Saved(config=config, classes=classes, weights=weights, pixel_mean=mean, pixel_std=std)
+
+
+def _pixel_values(source: str, name: str, values: Any) -> tuple[float, ...] | None:
+    if values is None:
+        return None
+    if (
+        not isinstance(values, list)
+        or len(values) != 3
+        or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
+        or (name == "pixel_std" and min(values) <= 0)
+    ):
+        kind = "numbers above 0" if name == "pixel_std" else "numbers"
+        raise ValueError(
+            f"{name} in the {CONFIG} at {source!r} must be three {kind}, one per channel, not {values!r}; correct it "
+            "or save the model again."
+        )
+    return tuple(float(value) for value in values)
 
 
 def _read(files: AbstractFileSystem, path: str) -> bytes:

@@ -261,8 +261,17 @@ def test_options_that_a_family_lacks_are_refused(arguments, message):
         build("hrnet_w18_small", {}, (32, 32), **arguments)
 
 
-def test_normalisation_is_the_one_of_the_weights():
+def test_normalisation_is_the_one_of_the_backbones_name_unless_another_is_given():
     assert build().pixel_mean == (0.5, 0.5, 0.5)
     deit = build("deit3_small_patch16_224")
     assert deit.pixel_mean == pytest.approx((0.485, 0.456, 0.406))
     assert deit.pixel_std == pytest.approx((0.229, 0.224, 0.225))
+    given = build(options={**TINY_VIT, "pretrained_cfg_overlay": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}})
+    assert (given.pixel_mean, given.pixel_std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+def test_normalisation_comes_with_weights_of_another_size():
+    backbone, larger = build(), build(size=(96, 64))
+    backbone.pixel_mean, backbone.pixel_std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    larger.load_resized(backbone)
+    assert (larger.pixel_mean, larger.pixel_std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))

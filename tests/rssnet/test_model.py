@@ -349,3 +349,85 @@ def test_a_model_in_bfloat16_runs(model, images):
     logits = half.eval().to(torch.bfloat16)(images.bfloat16()).logits
     assert logits.dtype == torch.bfloat16
     assert (logits.float() - model(images).logits).abs().mean() < 0.1
+
+
+# What is saved beside the weights, and what a save that breaks off leaves.
+
+
+@pytest.fixture
+def normalised():
+    """A model whose weights were trained with another normalisation than timm's for its backbone."""
+    overlay = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    return RSSNet(replace(CONFIG, backbone_options={**CONFIG.backbone_options, "pretrained_cfg_overlay": overlay}))
+
+
+def forget_overlay(folder):
+    """Makes timm's normalisation for the backbone of a saved model another, as a new release of timm could."""
+    header = json.loads((folder / "config.json").read_text())
+    del header["backbone_options"]["pretrained_cfg_overlay"]
+    (folder / "config.json").write_text(json.dumps(header))
+
+
+@pytest.mark.parametrize("image_size", [None, (96, 48)])
+def test_a_saved_model_keeps_its_normalisation_whatever_timm_says_later(normalised, tmp_path, image_size):
+    normalised.save_pretrained(tmp_path)
+    forget_overlay(tmp_path)
+    loaded = RSSNet.from_pretrained(tmp_path, image_size)
+    assert (loaded.pixel_mean, loaded.pixel_std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    resized = loaded.resized(64)
+    assert (resized.pixel_mean, resized.pixel_std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+def test_a_model_saved_without_its_normalisation_takes_that_of_its_backbone(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    header = json.loads((tmp_path / "config.json").read_text())
+    del header["pixel_mean"], header["pixel_std"]
+    (tmp_path / "config.json").write_text(json.dumps(header))
+    loaded = RSSNet.from_pretrained(tmp_path)
+    assert (loaded.pixel_mean, loaded.pixel_std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"pixel_mean": 0.5},
+            r"pixel_mean in the config.json at .* must be three numbers, one per channel, not 0.5; corr",
+        ),
+        ({"pixel_mean": [0.5, 0.5]}, r"three numbers, one per channel, not \[0.5, 0.5\]"),
+        ({"pixel_mean": ["a", 0, 0]}, r"three numbers, one per channel, not \['a', 0, 0\]"),
+        ({"pixel_std": [0.5, 0, 0.5]}, r"three numbers above 0, one per channel, not \[0.5, 0, 0.5\]"),
+    ],
+)
+def test_a_normalisation_that_is_none_is_refused(model, tmp_path, change, message):
+    model.save_pretrained(tmp_path)
+    header = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**header, **change}))
+    with pytest.raises(ValueError, match=message):
+        RSSNet.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("scheme", ["", "memory://"])
+def test_a_save_that_breaks_off_leaves_no_model_rather_than_a_mixture(model, tmp_path, monkeypatch, scheme):
+    folder = f"{scheme}{tmp_path}"
+    model.save_pretrained(folder)
+
+    def break_off(*_arguments):
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rssnet.serialization.model_card", break_off)
+        with pytest.raises(OSError, match="disk is full"):
+            model.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"There is no model at .*config.json.* is missing"):
+        RSSNet.from_pretrained(folder)
+    model.save_pretrained(folder)
+    RSSNet.from_pretrained(folder)
+
+
+def test_the_card_counts_parameters_and_not_statistics(tmp_path):
+    model = RSSNet(CONFIG)
+    model.decoder.register_buffer("statistics", torch.zeros(1_000_000))
+    model.save_pretrained(tmp_path)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert f"{parameters / 1e6:.1f} M\nparameters" in (tmp_path / "README.md").read_text()
