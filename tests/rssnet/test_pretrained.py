@@ -83,7 +83,7 @@ def test_other_heads_and_norms_are_allowed_reported_and_logged(published, tmp_pa
     ],
 )
 def test_left_over_weights_that_mean_nothing_are_allowed(tmp_path, name, weight):
-    options = {"depth": 1, "embed_dim": 48, "num_heads": 3} if name.startswith("vit") else {}
+    options: dict[str, Any] = {"depth": 1, "embed_dim": 48, "num_heads": 3} if name.startswith("vit") else {}
     weights = timm.create_model(name, **options).state_dict()
     save_file({**weights, weight: torch.zeros(2)}, tmp_path / "weights.safetensors")
     backbone = load(tmp_path / "weights.safetensors", backbone=name, backbone_options=options)
@@ -107,6 +107,7 @@ def test_blocks_that_nothing_reads_may_be_missing(published, tmp_path):
 
 def test_deit3_may_have_the_names_that_it_was_published_with(tmp_path):
     weights = timm.create_model("deit3_small_patch16_224", **OPTIONS).state_dict()
+    weights = {name: torch.randn_like(tensor) for name, tensor in weights.items()}
     original = {name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): weights[name] for name in weights}
     assert "blocks.0.gamma_1" in original
     save_file(original, tmp_path / "weights.safetensors")
@@ -224,7 +225,7 @@ OTHERS: list[tuple[str, dict[str, Any], str, dict[str, Any], str]] = [
         {**VIT, "depth": 2},
         "vit_small_patch14_dinov2",
         {**VIT, "depth": 2},
-        r"no place in it \(reg_token\)",
+        r"could not be loaded from",
     ),
 ]
 
@@ -238,6 +239,13 @@ def test_weights_of_another_architecture_are_refused(tmp_path, name, options, ot
     assert str(tmp_path) in str(refusal.value)
     assert f"weights of {other_name}" in str(refusal.value)
     assert "set pretrained to false" in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["reg_token", "dist_token"])
+def test_weights_of_a_transformer_with_more_tokens_are_refused(published, tmp_path, name):
+    save_file({**published, name: torch.zeros(1, 1, 48)}, tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError, match=rf"1 of the weights have no place in it \({name}\)"):
+        load(tmp_path / "weights.safetensors")
 
 
 def test_weights_of_another_width_are_refused(tmp_path):
