@@ -16,7 +16,7 @@ def model_card(config: RSSNetConfig, classes: Classes, weights: Mapping[str, Ten
     Args:
         config: The model's config.
         classes: Its classes.
-        weights: Its state dict, to count parameters.
+        weights: Its parameters by name, to count them.
     """
     parameters = sum(tensor.numel() for tensor in weights.values())
     height, width = config.image_hw
