@@ -29,7 +29,7 @@ from pipeline.progress import Progress, Reporter, announce
 from pipeline.run_record import RunRecord, finished_record, identity, record_run, refuse_other_work
 from pipeline.search_space import SearchSpace
 from pipeline.train_loop import PLACEMENT_GROUP
-from pipeline.training import completed, fit, needed_cpus, require_resources
+from pipeline.training import TrainConfig, completed, fit, needed_cpus, require_resources
 
 BEST_FILE = "best.yaml"
 TRIALS_FILE = "trials.parquet"
@@ -131,7 +131,7 @@ def sweep(config: SweepConfig) -> RunRecord:
         with record_run(config.run, "sweep", config, inputs, outputs, keep=False) as record:
             total = config.trials * default.iterations
             with Progress("sweep", total=total, unit="iterations") as progress, interruptible():
-                grid = _tuner(config, space, default.iterations, progress.reporter).fit()
+                grid = _tuner(config, space, default, progress.reporter).fit()
             if len(grid) != config.trials:
                 raise PipelineError(f"{len(grid)} of {config.trials} trials of {config.run} were run: run it again.")
             trials = _trials(grid, config, space)
@@ -148,7 +148,7 @@ def search_space(config: SweepConfig) -> SearchSpace:
     return SearchSpace(read_yaml(config.base) if config.base else {}, config.fixed, config.space)
 
 
-def _tuner(config: SweepConfig, space: SearchSpace, iterations: int, reporter: Reporter) -> tune.Tuner:
+def _tuner(config: SweepConfig, space: SearchSpace, default: TrainConfig, reporter: Reporter) -> tune.Tuner:
     filesystem, path = storage.arrow_filesystem(config.run)
     first = [space.default()]
     search: Any
@@ -159,9 +159,11 @@ def _tuner(config: SweepConfig, space: SearchSpace, iterations: int, reporter: R
         search = BasicVariantGenerator(random_state=config.seed, points_to_evaluate=first)
     scheduler: TrialScheduler | None = None
     if config.scheduler == "asha":
-        grace = min(config.grace_iterations, iterations)
+        grace = min(config.grace_iterations, default.iterations)
         # Above the last iteration, so that a trial that gets there ends by itself instead of being killed.
-        scheduler = ASHAScheduler(time_attr="iteration", max_t=iterations + 1, grace_period=grace, reduction_factor=3)
+        scheduler = ASHAScheduler(
+            time_attr="iteration", max_t=default.iterations + 1, grace_period=grace, reduction_factor=3
+        )
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the newer output of ray 2.60 prints trials' tracebacks even when silent
     trial = tune.with_parameters(_run_trial, job=(config, space, reporter))
     return tune.Tuner(
@@ -176,7 +178,12 @@ def _tuner(config: SweepConfig, space: SearchSpace, iterations: int, reporter: R
             scheduler=scheduler,
         ),
         run_config=tune.RunConfig(
-            name=TUNE_FOLDER, storage_path=path, storage_filesystem=filesystem, verbose=0, callbacks=[_FreeStopped()]
+            name=TUNE_FOLDER,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=tune.FailureConfig(max_failures=default.resources.max_failures),
+            verbose=0,
+            callbacks=[_FreeStopped()],
         ),
     )
 
@@ -198,6 +205,9 @@ def _run_trial(parameters: dict[str, Any], job: tuple[SweepConfig, SearchSpace, 
     run = storage.join(sweep_config.run, TRIALS_FOLDER, str(trial_id))
     config = space.config(sweep_config.dataset, run, parameters)
     config = completed(config, dataset.open(config.dataset))
+    # Ray Tune tries a failed trial again, not Ray Train: that would take a stopped trial's lost workers for a failure,
+    # and start them anew in a placement group that nobody removes.
+    config = dataclasses.replace(config, resources=dataclasses.replace(config.resources, max_failures=0))
     part = reporter.part(str(trial_id))
     fit(config, reporter=part, callbacks=[_ReportEvaluations()])
     part.update(config.iterations)
