@@ -150,7 +150,7 @@ def guarded(work: Callable[[], object]) -> int:
         print("interrupted: run the same command again to go on", file=sys.stderr, flush=True)
         return 130
     except WrongCall as error:
-        print(f"error: {_redacted_line(str(error))} See --help.", file=sys.stderr, flush=True)
+        print(f"error: {_redacted_line(str(error)).rstrip('.')}. See --help.", file=sys.stderr, flush=True)
         return 2
     except Exception as error:
         print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -11,7 +12,6 @@ from pipeline.end_to_end import EndToEndConfig, end_to_end
 from pipeline.errors import PipelineError
 from pipeline.local_s3 import LocalS3
 from pipeline.masks import open_masks
-from pipeline.prediction import InferenceConfig
 from pipeline.progress import announce
 from pipeline.report import FILE_NAME
 from pipeline.run_record import RunRecord
@@ -47,7 +47,6 @@ def demo(data: str, output: str) -> None:
             source=labelled,
             photos=photos,
             root=_root(bucket),
-            inference=InferenceConfig(scales=(0.5,)),
             cpus_per_worker=1.5,
             mirror=str(server.folder),
         )
@@ -119,17 +118,18 @@ def _last_screen(
 ) -> None:
     scores = records["evaluate"].results
     best = records["sweep"].results
-    masks = f"{config.root}/segment"
+    masks, results = f"{config.root}/segment", mirror / "results"
     lines = [
         "",
         f"Done in {seconds:.0f} s.",
         f"  report    {report}",
-        f"  masks     {masks} ({open_masks(masks).count_rows()} rows; on disk below {mirror}/results/segment)",
-        f"  scores    mIoU {scores['miou']:.3f}, pixel accuracy {scores['aacc']:.3f} ({config.root}/evaluate)",
-        f"  model     {config.root}/train/model",
-        f"  sweep     trial {best['best_trial']} of {records['sweep'].counts['trials']} is best ({config.root}/sweep)",
-        f"  look      duckdb -c \"SELECT * FROM '{mirror}/results/segment/masks/*.parquet' LIMIT 5\"",
-        "The S3 server has stopped; the next `make demo` starts it again with the same contents.",
+        f"  masks     {results}/segment ({open_masks(masks).count_rows()} rows)",
+        f"  scores    {results}/evaluate (mIoU {scores['miou']:.3f}, pixel accuracy {scores['aacc']:.3f})",
+        f"  model     {results}/train/model",
+        f"  sweep     {results}/sweep (trial {best['best_trial']} of {records['sweep'].counts['trials']} is best)",
+        f"  look      {sys.executable} -c \"import duckdb; print(duckdb.sql('SELECT * EXCLUDE mask FROM "
+        f"\\'{results}/segment/masks/*.parquet\\' LIMIT 5'))\"",
+        f"The S3 server has stopped; the next `make demo` starts it again, with these places as {config.root}/...",
     ]
     for line in lines:
         announce(line)

@@ -4,7 +4,8 @@ import functools
 import hashlib
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -19,26 +20,55 @@ from rssnet import RSSNet
 from rssnet.classes import Classes
 from rssnet.inference import Predictor
 
-_CONFIG, _CLASSES, _WEIGHTS = "config.json", "classes.json", "model.safetensors"
+_CONFIG, _CLASSES, _WEIGHTS, _INFERENCE = "config.json", "classes.json", "model.safetensors", "inference.json"
 
 
 @dataclass(frozen=True)
 class InferenceConfig:
     """How a model is applied to whole images. See `rssnet.inference.Predictor`.
 
+    What is not given is as the model's training validated with, which lies beside the model in `inference.json`.
+
     Args:
-        crop_size: height and width of the sliding window, in pixels; the model's image size if not given.
-        stride: from one window to the next, in pixels; two thirds of the crop if not given.
+        crop_size: height and width of the sliding window, in pixels; where training gave none, the model's image size.
+        stride: from one window to the next, in pixels; where training gave none, two thirds of the crop.
         window_batch: windows in one forward pass. Changes speed and memory, not the masks.
-        scales: the probabilities at these scales of the image are averaged.
-        flip: average with the mirrored image too.
+        scales: the probabilities at these scales of the image are averaged; where training gave none, 1 alone.
+        flip: average with the mirrored image too; where training did not say, no.
     """
 
     crop_size: tuple[int, int] | None = None
     stride: tuple[int, int] | None = None
     window_batch: int = field(default=8, metadata={"identity": False})
-    scales: tuple[float, ...] = (1.0,)
-    flip: bool = False
+    scales: tuple[float, ...] | None = None
+    flip: bool | None = None
+
+
+def write_inference(folder: Path, inference: InferenceConfig) -> None:
+    """Keep the settings that a model was validated with in its folder."""
+    (folder / _INFERENCE).write_text(json.dumps(identity(inference), indent=2) + "\n")
+
+
+def inference_of(model_url: str, inference: InferenceConfig) -> InferenceConfig:
+    """The settings with those that are not given taken from the model's folder, where it has any.
+
+    Raises:
+        PipelineError: if what lies there is no such settings.
+    """
+    try:
+        saved = storage.read_json(storage.join(model_url, _INFERENCE))
+    except FileNotFoundError:
+        return inference
+    except ValueError as error:
+        raise PipelineError(f"The model at {model_url} has a broken {_INFERENCE}: {error}") from error
+    known = identity(InferenceConfig())
+    if not isinstance(saved, dict) or not saved.keys() <= known.keys():
+        raise PipelineError(
+            f"The model at {model_url} has a broken {_INFERENCE}: it must have no fields but {', '.join(known)}."
+        )
+    missing = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+    given = {name: value for name in known if (value := getattr(inference, name)) is not None}
+    return replace(inference, **{**missing, **given})
 
 
 def model_id(model_url: str, inference: InferenceConfig) -> str:
@@ -52,7 +82,7 @@ def model_id(model_url: str, inference: InferenceConfig) -> str:
     digest = hashlib.sha256()
     for name in (_CONFIG, _CLASSES, _WEIGHTS):
         digest.update(hashlib.sha256(_model_file(model_url, name)).digest())
-    digest.update(json.dumps(identity(inference), sort_keys=True).encode())
+    digest.update(json.dumps(identity(inference_of(model_url, inference)), sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
 
@@ -82,7 +112,8 @@ def load_predictor(model_url: str, inference: InferenceConfig) -> Predictor:
         torch.set_num_threads(max(1, math.ceil(resources.get("CPU", 1))))
     try:
         model = RSSNet.from_pretrained(model_url)
-        return predictor_of(model.eval().to("cuda" if resources.get("GPU") else "cpu"), inference)
+        model = model.eval().to("cuda" if resources.get("GPU") else "cpu")
+        return predictor_of(model, inference_of(model_url, inference))
     except (ValueError, OSError) as error:
         raise PipelineError(f"The model at {model_url} cannot be used: {error}") from error
 
@@ -94,8 +125,8 @@ def predictor_of(model: RSSNet, inference: InferenceConfig) -> Predictor:
         crop_size=inference.crop_size,
         stride=inference.stride,
         window_batch=inference.window_batch,
-        scales=inference.scales,
-        flip=inference.flip,
+        scales=(1.0,) if inference.scales is None else inference.scales,
+        flip=bool(inference.flip),
     )
 
 

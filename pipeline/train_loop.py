@@ -16,7 +16,7 @@ from torch import nn
 from pipeline import dataset, storage
 from pipeline.errors import PipelineError
 from pipeline.evaluation import confusion_matrix
-from pipeline.prediction import predictor_of
+from pipeline.prediction import predictor_of, write_inference
 from pipeline.progress import Reporter
 from pipeline.sample_stream import plan_windows, sample_batches
 from pipeline.training import HISTORY_FILE, MODEL_FOLDER, TrainConfig, build_optimizer
@@ -84,6 +84,7 @@ class _Training:
             self._write_history()  # again: a run that was killed between its last report and this has not
             with tempfile.TemporaryDirectory() as folder:
                 self.model.save_pretrained(folder)
+                write_inference(Path(folder), config.inference)
                 storage.upload_folder(Path(folder), storage.join(config.run, MODEL_FOLDER))
 
     def _batches(self) -> Any:

@@ -26,7 +26,7 @@ from pipeline import masks, prediction_rows, segmentation, storage
 from pipeline.errors import PipelineError
 from pipeline.images import decode_photograph
 from pipeline.parquet_sink import write_table
-from pipeline.prediction import InferenceConfig, load_predictor, model_id
+from pipeline.prediction import InferenceConfig, inference_of, load_predictor, model_id, write_inference
 from pipeline.prediction_rows import LISTED, MaskSink, read_images
 from pipeline.progress import Progress
 from pipeline.run_record import RunRecord, read_record, record_run
@@ -468,6 +468,20 @@ def test_an_empty_folder_is_no_failure(tiny_model, tmp_path):
     (tmp_path / "images").mkdir()
     record = segment(_config(tiny_model, str(tmp_path / "images"), str(tmp_path / "out")))
     assert record.counts == {"listed": 0, "other_files": 0, "done_before": 0, "ok": 0, "failed": 0}
+
+
+def test_settings_that_are_not_given_are_those_that_the_model_was_validated_with(tiny_model, tmp_path):
+    model = tmp_path / "model"
+    storage.upload_folder(Path(tiny_model), str(model))
+    write_inference(model, InferenceConfig(scales=(0.5,), flip=True))
+    settings = inference_of(str(model), InferenceConfig(flip=False, window_batch=2))
+    assert settings == InferenceConfig(scales=(0.5,), flip=False, window_batch=2)
+    assert load_predictor(str(model), settings).scales == (0.5,)
+    assert model_id(str(model), InferenceConfig()) == model_id(str(model), InferenceConfig(scales=(0.5,), flip=True))
+    assert model_id(str(model), InferenceConfig()) != model_id(tiny_model, InferenceConfig())
+    (model / "inference.json").write_text('{"zoom": 2}')
+    with pytest.raises(PipelineError, match=r"broken inference.json: it must have no fields but crop_size"):
+        load_predictor(str(model), InferenceConfig())
 
 
 def test_a_models_id_follows_what_the_masks_depend_on(tiny_model, tmp_path):
