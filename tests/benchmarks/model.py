@@ -175,7 +175,7 @@ class Stopwatch:
         return backbone, whole - backbone
 
 
-def cpu_time(backbone: str, size: int, rounds: int = 15) -> dict[str, dict[str, float]]:
+def cpu_time(backbone: str, size: int, rounds: int = 7) -> dict[str, dict[str, float]]:
     """Seconds of one image on one thread: backbone and decoder in the same call, models taken in turn, medians."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
