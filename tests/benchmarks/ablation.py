@@ -37,7 +37,7 @@ from rssnet.losses import RSSNetLoss
 from rssnet.metrics import ConfusionMatrix, boundary_band
 from rssnet.optim import parameter_groups, poly_with_warmup
 from rssnet.separation import BilinearUpsampling
-from tests.benchmarks.machine import describe, results_file
+from tests.benchmarks.machine import commit, describe, results_file
 
 CLASSES = 11  # of CamVid; its label 11 is "unlabelled"
 IGNORE = 255
@@ -112,6 +112,7 @@ class Scores:
 class Run:
     """What one training of one variant came to; `bilinear` with SASM forced to bilinear upsampling after training."""
 
+    commit: str
     settings: Settings
     variant: str
     seed: int
@@ -315,7 +316,7 @@ def one_run(data: str, settings: Settings, variant: Variant, seed: int, device_n
     if separation is not None and not isinstance(separation, BilinearUpsampling):
         model.decoder.separation = BilinearUpsampling(ratio=separation.ratio)
         forced = evaluate(model, settings, validation)
-    return Run(settings, variant.name, seed, scores, forced, loss, seconds, table)
+    return Run(commit(), settings, variant.name, seed, scores, forced, loss, seconds, table)
 
 
 def read_runs(file: Path, settings: Settings) -> list[Run]:
@@ -396,6 +397,8 @@ def write_report(file: Path, runs: Sequence[Run], settings: Settings, header: di
         "Trained on the 367 training photographs, scored on the 101 validation ones, 11 classes, random initial "
         "weights. Scores are mean ± sample standard deviation over seeds, in percent.",
         "\n".join(f"- {name}: {value}" for name, value in header.items()),
+        f"{len(runs)} runs, trained at commit {', '.join(sorted({run.commit for run in runs}))}. "
+        "A variant without a deviation has one seed, which tells nothing; seconds are those of a machine that was shared.",
         f"Budget: {budget}.",
         scores,
     ]

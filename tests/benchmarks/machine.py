@@ -19,7 +19,7 @@ def describe(device: torch.device) -> dict[str, str]:
         "command": " ".join(["python -m", _module(), *sys.argv[1:]]),
         "device": device_name(device),
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -48,7 +48,8 @@ def _processor() -> str:
     return platform.machine()
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The commit that is checked out, marked if files were changed since."""
     found = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=RESULTS.parent, check=False
     )
