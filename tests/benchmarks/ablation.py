@@ -398,7 +398,7 @@ def write_report(file: Path, runs: Sequence[Run], settings: Settings, header: di
         "weights. Scores are mean ± sample standard deviation over seeds, in percent.",
         "\n".join(f"- {name}: {value}" for name, value in header.items()),
         f"{len(runs)} runs, trained at commit {', '.join(sorted({run.commit for run in runs}))}. "
-        "A variant without a deviation has one seed, which tells nothing; seconds are those of a machine that was shared.",
+        "A variant without a deviation has one seed, which tells nothing. Seconds may be those of a shared machine.",
         f"Budget: {budget}.",
         scores,
     ]
