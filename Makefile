@@ -40,7 +40,8 @@ bench-model: install
 bench-ablation: install
 	$(BIN)/python -m tests.benchmarks.ablation --device cpu --data '$(DATA)'
 
-# Everything that needs a GPU, in ten minutes, where PYTHON has torch, timm, safetensors, fsspec and Pillow; no Ray.
+# Everything that needs a GPU, where PYTHON has torch, timm, safetensors, fsspec and Pillow; no Ray. Meant to take at
+# most ten minutes; it has not been run yet.
 gpu:
 	$(PYTHON) -m tests.benchmarks.model --device cuda
 	$(PYTHON) -m tests.benchmarks.ablation --device cuda --data '$(DATA)' --deadline 240

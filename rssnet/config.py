@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, TypeVar, get_type_hints
 
 HEADS = ("rssnet", "linear", "upernet")
-LOSS_WEIGHTS = (
+_LOSS_WEIGHTS = (
     "auxiliary",
     "attention_bce",
     "attention_dice",
@@ -167,7 +167,7 @@ class LossConfig:
     ignore_index: int = 255
 
     def __post_init__(self) -> None:
-        for name in LOSS_WEIGHTS:
+        for name in _LOSS_WEIGHTS:
             _require_weight(name, getattr(self, name))
         for weight in self.class_weights or ():
             _require_weight("class_weights", weight)

@@ -137,9 +137,8 @@ def peak_memory_ratio(backbone: str, size: int, batch: int) -> dict[str, float]:
     return {"backbone_mib": alone, "whole_mib": whole, "peak_memory_ratio": whole / alone - 1}
 
 
-def sasm_peak(width: int, **options: Any) -> dict[str, float]:
+def sasm_peak(width: int, ratio: int = 2, **options: Any) -> float:
     """Peak memory of SASM's forward and backward above its inputs', in feature maps (B, d, h, w) at the fine stride."""
-    ratio = 2
     module = SpatiallyAdaptiveSeparation(
         width=width,
         local_width=width,
@@ -147,12 +146,14 @@ def sasm_peak(width: int, **options: Any) -> dict[str, float]:
         **{"kernel_size": 3, "groups": 1, "max_gate": 1.0, "gate_bias": -3.0, "form": "conv"} | options,
     )
     deep = torch.randn(1, width, 32, 32).contiguous(memory_format=torch.channels_last).requires_grad_()
-    local, gradient = (torch.randn(1, width, 64, 64).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    local, gradient = (
+        torch.randn(1, width, 32 * ratio, 32 * ratio).contiguous(memory_format=torch.channels_last) for _ in range(2)
+    )
     local.requires_grad_()
     with PeakMemory([deep, local, gradient, *module.parameters(), *module.buffers()]) as memory:
         separated, _ = module(deep, local)
         separated.backward(gradient)
-    return {"sasm_peak_maps": memory.peak / (local.numel() * local.element_size())}
+    return memory.peak / (local.numel() * local.element_size())
 
 
 class Stopwatch:
@@ -269,7 +270,7 @@ def measure_on_cpu() -> dict[str, list[dict[str, Any]]]:
         for backbone in (BEIT_L, VIT_S)
     ]
     separation = [
-        {"width": width, "form": form, "groups": groups, **sasm_peak(width, form=form, groups=groups)}
+        {"width": width, "form": form, "groups": groups, "sasm_peak_maps": sasm_peak(width, form=form, groups=groups)}
         for width in (256, 128, 64)
         for form, groups in (("conv", 1), ("conv", 8), ("affinity", 1), ("plain", 1))
     ]
