@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 Size = tuple[int, ...]
 
 _HUB_PREFIX = "hf-hub:"
+_ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
 # Left over in weights of the right architecture: what models compute for themselves, and layers that DLA published
 # but never used.
 _HARMLESS = re.compile(
@@ -45,8 +46,6 @@ _INPUTS = ("pos_embed", "cls_token", "dist_token", "reg_token")
 @dataclass(frozen=True)
 class WeightsReport:
     """What became of pre-trained weights.
-
-    An `.npz` file is copied by timm tensor by tensor: there nothing is missing and what is left over is not told.
 
     Attributes:
         source: Where they came from; "timm" for those that timm names.
@@ -74,7 +73,7 @@ def load_backbone_weights(
         build: Makes the timm model, with its head and norms, for an image size.
         sizes: Image sizes (height, width) to fill it at; the first whose shapes the weights fit counts.
         source: True for the weights that timm names; or a hub id, `hf-hub:owner/name`; or a path or URL of a
-            `.safetensors`, `.pth`, `.pt`, `.bin` or, where timm can read it, `.npz` file.
+            `.safetensors`, `.pth`, `.pt` or `.bin` file.
         required: Names of the tensors that must be found, those that something reads.
 
     Returns:
@@ -119,6 +118,10 @@ def _located(source: bool | str) -> Iterator[dict[str, Any]]:
         yield {"hf_hub_id": source.removeprefix(_HUB_PREFIX), "hf_hub_filename": None}
         return
     files, path = url_to_fs(source)
+    if not path.endswith(_ENDINGS):
+        raise ValueError(
+            f"Pre-trained weights are read from files that end in {', '.join(_ENDINGS)}; {source!r} does not."
+        )
     if not files.isfile(path):
         raise ValueError(
             f"There are no pre-trained weights at {source!r}; give a file, a URL or {_HUB_PREFIX}owner/name."
@@ -129,7 +132,7 @@ def _located(source: bool | str) -> Iterator[dict[str, Any]]:
         else:
             local = str(Path(folder) / PurePosixPath(path).name)  # timm tells formats apart by the ending
             files.get_file(path, local)
-        yield {"file": local, "custom_load": path.endswith(".npz")}
+        yield {"file": local, "custom_load": False}
 
 
 def _fill(body: Any, overlay: dict[str, Any]) -> tuple[list[str], list[str]]:

@@ -5,6 +5,7 @@ import pickle
 from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
 import timm
 import torch
@@ -271,6 +272,12 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
 def test_a_file_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no pre-trained weights at '.*gone.pth'; give a file, a URL or hf-hub:"):
         load(tmp_path / "gone.pth")
+
+
+def test_a_file_of_another_format_is_refused(tmp_path):
+    np.savez(tmp_path / "weights.npz", weights=np.zeros(3))
+    with pytest.raises(ValueError, match=r"end in \.safetensors, .*weights\.npz' does not"):
+        load(tmp_path / "weights.npz")
 
 
 def test_a_damaged_file_is_refused(tmp_path):
