@@ -62,10 +62,10 @@ class Settings:
     crop: tuple[int, int] = (160, 224)
     scale: float = 0.5
     jitter: tuple[float, float] = (0.75, 1.5)
-    iterations: int = 400
+    iterations: int = 800
     batch_size: int = 4
     lr: float = 1e-3
-    decoder_lr_scale: float = 2.0
+    decoder_lr_scale: float = 5.0
     warmup: int = 20
     weight_decay: float = 0.05
     drop_path: float = 0.0
@@ -92,6 +92,7 @@ VARIANTS = (
     Variant(FULL, {}, {}),
     Variant("without local pathway", {"local_pathway": LocalPathwayConfig(enabled=False)}, {}),
     Variant("without SASM", {"separation": SeparationConfig(enabled=False)}, {}),
+    Variant("SASM told by the labels", {}, {"separation_supervision": 0.2}),
     Variant("without DCA", {"cross_attention": CrossAttentionConfig(enabled=False)}, {}),
     Variant("DCA without attention supervision", {}, {"attention_bce": 0.0, "attention_dice": 0.0}),
     Variant("DCA without region classification", {}, {"region_classification": 0.0}),
