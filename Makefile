@@ -4,7 +4,7 @@ DATA ?=
 OUTPUT ?= demo-output
 BIN := .venv/bin
 
-.PHONY: install demo test lint types format bench-model bench-ablation gpu clean
+.PHONY: install demo test lint types format bench-model bench-ablation bench-ingest gpu clean
 
 install: .venv/installed
 
@@ -39,6 +39,9 @@ bench-model: install
 
 bench-ablation: install
 	$(BIN)/python -m tests.benchmarks.ablation --device cpu --data '$(DATA)'
+
+bench-ingest: install
+	$(BIN)/python -m tests.benchmarks.ingest --data '$(DATA)'
 
 # Everything that needs a GPU, where PYTHON has torch, timm, safetensors, fsspec and Pillow; no Ray. Meant to take at
 # most ten minutes; it has not been run yet.

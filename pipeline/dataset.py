@@ -1,14 +1,20 @@
 """The canonical dataset: `dataset.json` and `<split>/*.parquet`. Schema, metadata, opening, reading."""
 
+import bisect
 import dataclasses
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
+import torch
+import torch.utils.data
 
-from pipeline import storage
+from pipeline import images, storage
 from pipeline.cluster import IO_TASK_CPUS
 from pipeline.errors import PipelineError
 from rssnet.classes import Classes
@@ -16,6 +22,7 @@ from rssnet.classes import Classes
 IGNORE_LABEL = 255
 INFO_FILE = "dataset.json"
 REJECTS_FOLDER = "_rejects"
+DUPLICATES_FOLDER = "_duplicates"
 SCHEMA_VERSION = 1
 
 SCHEMA = pa.schema(
@@ -59,6 +66,9 @@ class DatasetInfo:
         source: the URL that was ingested.
         layout: how it was read.
         fingerprint: digest of all rows, whatever their order, and of the classes: same content, same fingerprint.
+        duplicates: images that are byte for byte those of another row; they are listed below `_duplicates/`.
+        sizes: of images in pixels, `height` and `width` each by quantile: `min`, `q05`, `q25`, `median`, `q75`, `q95`,
+            `max`.
     """
 
     names: list[str]
@@ -68,6 +78,8 @@ class DatasetInfo:
     source: str
     layout: str
     fingerprint: str
+    duplicates: int = 0
+    sizes: dict[str, dict[str, int]] = field(default_factory=dict)
     ignore_label: int = IGNORE_LABEL
     schema_version: int = SCHEMA_VERSION
 
@@ -81,7 +93,13 @@ class SegmentationDataset:
 
     @property
     def classes(self) -> Classes:
-        """Names and colours of the classes."""
+        """Names and colours of the classes.
+
+        Raises:
+            PipelineError: if the dataset is unlabelled and has none.
+        """
+        if not self.info.names:
+            raise PipelineError(f"The dataset {self.url} is unlabelled, it has no classes: choose a labelled one.")
         return Classes(tuple(self.info.names), tuple((r, g, b) for r, g, b in self.info.palette))
 
     def split(self, name: str) -> SplitInfo:
@@ -133,6 +151,10 @@ class SegmentationDataset:
         """The whole split as one Arrow table in memory."""
         return pa.concat_tables([chunk.read(columns) for chunk in self.chunks(name)])
 
+    def torch(self, name: str) -> "TorchSplit":
+        """The split as a plain PyTorch dataset of decoded images and labels, for a loop or a notebook without Ray."""
+        return TorchSplit(self, name)
+
     def ray(self, name: str, columns: Sequence[str] | None = None) -> ray.data.Dataset:
         """The split as a Ray dataset, in blocks of one row group.
 
@@ -158,6 +180,34 @@ class Chunk:
         filesystem, path = storage.arrow_filesystem(self.url)
         with pq.ParquetFile(path, filesystem=filesystem) as file:
             return file.read_row_group(self.row_group, columns=list(columns) if columns else None)
+
+
+class TorchSplit(torch.utils.data.Dataset[dict[str, Any]]):
+    """A split for `torch.utils.data.DataLoader`, read a row group at a time: read in order it is fast.
+
+    An item has `image_id`, `image` (3, H, W) uint8, upright, and `label` (H, W) int64 with 255 for ignored pixels, or
+    None where there is none. Images differ in size: crop or pad them before they are put in a batch.
+    """
+
+    def __init__(self, data: SegmentationDataset, split: str) -> None:
+        self._chunks = data.chunks(split)
+        self._ends = list(itertools.accumulate(chunk.rows for chunk in self._chunks))
+        self._read: tuple[int, pa.Table] | None = None
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"There is no image {index} of {len(self)}.")
+        number = bisect.bisect_right(self._ends, index)
+        if self._read is None or self._read[0] != number:
+            self._read = number, self._chunks[number].read(["image_id", "image", "label"])
+        chunk = self._read[1]
+        row = chunk.slice(index - self._ends[number] + chunk.num_rows, 1).to_pylist()[0]
+        label = None if row["label"] is None else torch.from_numpy(images.decode_label(row["label"]).astype(np.int64))
+        image = torch.from_numpy(images.decode_photograph(row["image"]).copy()).permute(2, 0, 1)
+        return {"image_id": row["image_id"], "image": image, "label": label}
 
 
 @dataclass(frozen=True)
@@ -199,6 +249,16 @@ def open(url: str) -> SegmentationDataset:
 def write_info(url: str, info: DatasetInfo) -> None:
     """Write `dataset.json`, which finishes the dataset."""
     storage.write_json(storage.join(url, INFO_FILE), dataclasses.asdict(info))
+
+
+def quantiles(counts: Mapping[int, int]) -> dict[str, int]:
+    """Quantiles, each a value that occurs, of values and how often they do; empty if none does."""
+    if not counts:
+        return {}
+    values = sorted(counts)
+    reached = list(itertools.accumulate(counts[value] for value in values))
+    shares = {"min": 0.0, "q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95, "max": 1.0}
+    return {name: values[bisect.bisect_left(reached, max(1, share * reached[-1]))] for name, share in shares.items()}
 
 
 def _group_rows(url: str) -> list[int]:

@@ -10,6 +10,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 500_000_000  # a 22,000 x 22,000 image; above it a file is taken for a decompression bomb
 
+_PNG, _PNG_BIT_DEPTH = b"\x89PNG\r\n\x1a\n", 24
+_GREY_STEP = {2: 85, 4: 17}  # Pillow stretches grey levels of so many bits to the whole range
+
 Image.MAX_IMAGE_PIXELS = None  # Pillow only warns at its limit; `_opened` refuses at ours
 
 
@@ -55,10 +58,29 @@ def decode_label(data: bytes) -> np.ndarray:
     Raises:
         BadImage: as `decode_photograph`; also for colour images, whose values are not class ids.
     """
+    values = decode_published_label(data)
+    if values.ndim == 3:
+        raise BadImage("label_mode", "the label image has colours, class ids need a grey or palette image")
+    return values
+
+
+def decode_published_label(data: bytes) -> np.ndarray:
+    """A label image's values as `decode_label`, or where it is drawn in colours, these: (H, W, 3) uint8.
+
+    Raises:
+        BadImage: as `decode_photograph`; also for modes that are neither.
+    """
     image = _opened(data)
-    if image.mode not in ("L", "P", "1", "I", "I;16"):
-        raise BadImage("label_mode", f"label image has mode {image.mode}, class ids need a grey or palette image")
-    return np.asarray(image).astype(np.int64 if image.mode.startswith("I") else np.uint8)
+    with _damage_refused():
+        if image.mode in ("RGB", "RGBA"):
+            return np.asarray(image.convert("RGB"))
+        if image.mode == "LA":
+            return np.asarray(image.getchannel("L"))
+        if image.mode == "L" and data.startswith(_PNG):
+            return np.asarray(image) // _GREY_STEP.get(data[_PNG_BIT_DEPTH], 1)
+        if image.mode in ("L", "P", "1", "I") or image.mode.startswith("I;16"):
+            return np.asarray(image).astype(np.int64 if image.mode.startswith("I") else np.uint8)
+    raise BadImage("label_mode", f"label image has mode {image.mode}, class ids need a grey or palette image")
 
 
 def encode_png(values: np.ndarray, palette: list[tuple[int, int, int]] | None = None) -> bytes:

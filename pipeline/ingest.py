@@ -1,39 +1,44 @@
-"""Ingestion: a bucket in a published layout becomes a canonical dataset, or a list of what is wrong with its files."""
+"""Ingestion: a bucket in a published layout becomes a canonical dataset, or a list of what is wrong with its files.
 
-import collections
+The source is listed and divided into chunks by a task on the cluster, and each chunk is read, checked and written by a
+task. A killed ingest goes on with the chunks that are not there yet, and ends with the same dataset.
+"""
+
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import ray.data
+from ray.exceptions import RayTaskError
 
-from pipeline import dataset, images, storage
+from pipeline import dataset, storage
 from pipeline.cluster import connected
-from pipeline.errors import PipelineError
-from pipeline.layouts import Layout, Reject, read_layout
-from pipeline.parquet_sink import ParquetSink, write_table
+from pipeline.conversion import CONTENT_SCHEMA, ChunkConverter, Tally
+from pipeline.errors import PipelineError, mendable_cause
+from pipeline.inventory import SHOWN, Cut, Inventory, Selection, has_chunks, take_inventory, write_chunks
+from pipeline.layouts import Reject
+from pipeline.parquet_sink import write_table
 from pipeline.progress import Progress, announce
-from pipeline.run_record import FILE_NAME, RunRecord, finished_record, record_run, refuse_other_work
-
-TARGET_FILE_BYTES = 128 * 2**20
-ROWS_PER_TASK = 32
-SHOWN_REJECTS = 3
-
-_CHECKED_SCHEMA = pa.schema(
-    [
-        *dataset.SCHEMA,
-        ("split", pa.string()),
-        ("reason", pa.string()),
-        ("detail", pa.string()),
-        ("pixels", pa.list_(pa.int64())),
-        ("digest", pa.binary(32)),
-    ]
+from pipeline.run_record import (
+    FILE_NAME,
+    RunRecord,
+    differences,
+    finished_record,
+    read_record,
+    record_run,
+    refuse_other_work,
 )
+
+CUT = Cut()
+NOTES_FOLDER = "_ingest"  # while the ingest is unfinished
+
+_DUPLICATES_SCHEMA = pa.schema([(name, pa.string()) for name in ("image_id", "split", "first_id", "first_split")])
 
 
 @dataclass(frozen=True)
@@ -43,256 +48,246 @@ class IngestConfig:
     Args:
         source: URL of the images and labels, as published.
         dataset: URL that the canonical dataset is written to; outside the source.
-        layout: camvid, folders, or auto to recognise the tree.
+        layout: camvid, ade20k, cityscapes, pascal_context (59 classes), pascal_context_60, coco_stuff10k,
+            coco_stuff164k, voc, folders, webdataset, parquet, unlabelled, or auto to recognise the tree.
         max_reject_fraction: share of bad inputs, 0 to 1, above which the ingest fails.
+        splits: only these splits of the source; all when not given.
+        val_fraction: share of the split `train`, 0 to 1, that becomes the split `val`, by a stable hash of the
+            image's id; for sources without one.
+        limit: at most so many images of each split, chosen by a stable hash of the id.
+        dry_run: only say what is there, from the listing and a sample of the images; nothing is written.
+        preview: as dry_run, and draw images beside their labels into a PNG at this URL.
         new: start afresh, replacing the dataset that an earlier ingest left there.
     """
 
     source: str
-    dataset: str
+    dataset: str | None = None
     layout: str = "auto"
     max_reject_fraction: float = 0.01
+    splits: list[str] | None = None
+    val_fraction: float = 0.0
+    limit: int | None = None
+    dry_run: bool = field(default=False, metadata={"identity": False})
+    preview: str | None = field(default=None, metadata={"identity": False})
     new: bool = field(default=False, metadata={"identity": False})
 
-
-@dataclass(frozen=True)
-class _Summary:
-    """What a write task tells the driver about its rows; its size does not depend on their number."""
-
-    rows: collections.Counter[str]
-    pixels: Mapping[str, np.ndarray]
-    digest: int
-    rejected: int
-    examples: list[str]
+    @property
+    def selection(self) -> Selection:
+        """Which inputs are wanted."""
+        return Selection(None if self.splits is None else tuple(self.splits), self.val_fraction, self.limit)
 
 
 def ingest(config: IngestConfig) -> RunRecord:
-    """Read, check and convert every pair of the source; write the dataset, its rejects and the run record.
+    """Read, check and convert every input of the source; write the dataset, its rejects and the run record.
 
     Raises:
         PipelineError: if the source or the target cannot serve, or too many inputs are bad.
     """
-    config = dataclasses.replace(
-        config, source=storage.absolute(config.source), dataset=storage.absolute(config.dataset)
-    )
-    if not 0 <= config.max_reject_fraction <= 1:
-        raise PipelineError(f"max_reject_fraction is {config.max_reject_fraction}: give a share from 0 to 1.")
-    _require_apart(config.source, config.dataset)
-    objects = list(storage.list_objects(config.source))
-    if not objects:
+    config = checked_config(config)
+    if config.dataset is None:
+        raise PipelineError("No dataset is given: pass --dataset, the URL to write it to, or --dry_run true.")
+    config = dataclasses.replace(config, dataset=storage.absolute(config.dataset))
+    url = str(config.dataset)
+    _require_apart(config.source, url)
+    if not storage.exists(config.source):
         storage.require_bucket(config.source)
         raise PipelineError(f"{config.source} has no objects: correct the URL.")
-    inputs = {"source": _listing_digest(objects)}
-    if not config.new:
-        finished = finished_record(config.dataset, "ingest", config, inputs)
-        if finished:
-            announce(f"already ingested: {config.dataset} ({_counts_text(finished.counts)})")
-            return finished
-        refuse_other_work(config.dataset, "ingest", config, inputs)
-    layout = read_layout(config.layout, config.source, objects)
-    others = layout.passed_over(objects)
-    if others:
-        announce(f"  {len(others)} other files are passed over, such as {storage.redacted(others[0])}")
-    splits = sorted({pair.split for pair in layout.pairs} | {reject.split for reject in layout.rejects})
-    # Also what may not come to be: rows that an earlier run left under any of these names must not stay beside the new.
-    outputs = [dataset.INFO_FILE, dataset.REJECTS_FOLDER, *splits]
-    _require_free(config.dataset)
-    with connected(), record_run(config.dataset, "ingest", config, inputs, outputs, keep=False) as record:
-        _convert(config, layout, record)
-    announce(f"ingested {config.dataset} ({_counts_text(record.counts)})")
+    with connected():
+        inventory, chunks, rejects = _inventory(config)
+        inputs = {"source": inventory.inputs}
+        notes = storage.join(url, NOTES_FOLDER, inventory.plan)
+        resumes = False
+        if not config.new:
+            finished = finished_record(url, "ingest", config, inputs)
+            if finished:
+                announce(f"already ingested: {url} ({_counts_text(finished.counts)})")
+                return finished
+            refuse_other_work(url, "ingest", config, inputs)
+            earlier = read_record(url)
+            resumes = (
+                earlier is not None and not differences(earlier, config, inputs) and has_chunks(notes, inventory.chunks)
+            )
+        _require_free(url)
+        _announce(inventory)
+        # Also what may not come to be: rows that an earlier run left under any of these names must not stay beside
+        # the new. The notes go first: nothing is to be taken for done while what it made is being deleted.
+        outputs = [NOTES_FOLDER, dataset.INFO_FILE, dataset.REJECTS_FOLDER, dataset.DUPLICATES_FOLDER]
+        outputs += inventory.splits
+        with record_run(url, "ingest", config, inputs, outputs, keep=resumes) as record:
+            if resumes:
+                announce("  going on where an earlier run was stopped")
+            else:
+                _store_inventory(url, notes, chunks, rejects)
+            del chunks, rejects
+            tally = _convert(config, inventory, notes)
+            _finish(config, inventory, notes, tally, record)
+            storage.delete(storage.join(url, NOTES_FOLDER))
+    announce(f"ingested {url} ({_counts_text(record.counts)})")
     return record
 
 
-def _convert(config: IngestConfig, layout: Layout, record: RunRecord) -> None:
-    pairs, rejects = layout.pairs, layout.rejects
-    table = pa.Table.from_pylist([dataclasses.asdict(pair) for pair in pairs])
-    mean_bytes = sum(pair.size for pair in pairs) / len(pairs)
-    rows_per_file = max(1, int(TARGET_FILE_BYTES / max(mean_bytes, 1)))
-    checker = _PairChecker(dict(layout.label_values), len(layout.classes))
-    with Progress("ingest", total=len(pairs), unit="images") as progress:
-        sink = ParquetSink(
-            config.dataset, _route, key="source_uri", summarize=_summarize, reporter=progress.reporter,
-            rows_per_file=rows_per_file,
-        )  # fmt: skip
-        listed = ray.data.from_arrow(table).repartition(target_num_rows_per_block=ROWS_PER_TASK)
-        listed.map_batches(checker, batch_size=ROWS_PER_TASK, batch_format="pyarrow", num_cpus=0.5).write_datasink(sink)
-    if rejects:
-        rejected = pa.Table.from_pylist([dataclasses.asdict(item) for item in rejects], schema=dataset.REJECT_SCHEMA)
-        write_table(storage.join(config.dataset, dataset.REJECTS_FOLDER, "part-unpaired.parquet"), rejected)
-    summary = _total(sink.written.summaries)
-    _finish(config, layout, record, sink, summary)
+def checked_config(config: IngestConfig) -> IngestConfig:
+    """The configuration with an absolute source, if its numbers can be right; else PipelineError."""
+    for name in ("max_reject_fraction", "val_fraction"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise PipelineError(f"{name} is {getattr(config, name)}: give a share from 0 to 1.")
+    if config.limit is not None and config.limit < 1:
+        raise PipelineError(f"limit is {config.limit}: give 1 or more, or leave it out.")
+    return dataclasses.replace(config, source=storage.absolute(config.source))
 
 
-def _finish(config: IngestConfig, layout: Layout, record: RunRecord, sink: ParquetSink, summary: _Summary) -> None:
-    rows_in = len(layout.pairs) + len(layout.rejects)
-    rows_out, rejected = sum(summary.rows.values()), summary.rejected + len(layout.rejects)
+def _inventory(config: IngestConfig) -> tuple[Inventory, Any, Any]:
+    """The source's inventory, and references to the tables of its chunks and rejects, which stay on the cluster."""
+    task: Any = ray.remote(num_cpus=1, num_returns=3)(take_inventory)
+    inventory, chunks, rejects = task.remote(config.source, config.layout, config.selection, CUT)
+    try:
+        found: Inventory = ray.get(inventory)  # pyright: ignore[reportAssignmentType]
+    except RayTaskError as error:
+        raise mendable_cause(error) or error from error
+    return found, chunks, rejects
+
+
+def _announce(found: Inventory) -> None:
+    what = f"{found.images} images" if found.images else f"{found.shards} shards"
+    announce(f"  {found.layout}: {what} in {', '.join(found.splits)}; {found.size / 2**20:.1f} MB")
+    if found.passed_over:
+        announce(f"  {found.passed_over} other files are passed over, such as {found.passed_over_example}")
+
+
+def _store_inventory(url: str, notes: str, chunks: Any, rejects: Any) -> None:
+    def store(chunk_table: pa.Table, reject_table: pa.Table) -> None:
+        if reject_table.num_rows:
+            write_table(storage.join(url, dataset.REJECTS_FOLDER, "part-unpaired.parquet"), reject_table)
+        write_chunks(notes, chunk_table)  # last: with it, there is something to go on with
+
+    ray.get(ray.remote(num_cpus=1)(store).remote(chunks, rejects))
+
+
+def _convert(config: IngestConfig, inventory: Inventory, notes: str) -> Tally:
+    """Convert all chunks that are not there yet; what is told of all of them."""
+    tally = Tally()
+    numbers = pa.table({"chunk": pa.array(range(inventory.chunks), pa.int32())})
+    total, unit = (inventory.images, "images") if inventory.images else (inventory.shards, "shards")
+    with Progress("ingest", total=total, unit=unit) as progress:
+        converter = ChunkConverter(
+            dataset=str(config.dataset),
+            notes=notes,
+            codings=inventory.codings,
+            num_classes=len(inventory.classes) if inventory.classes else 0,
+            selection=config.selection,
+            reporter=progress.reporter,
+        )
+        chunks = ray.data.from_arrow(numbers).repartition(target_num_rows_per_block=1)
+        for row in chunks.map_batches(converter, batch_size=1, batch_format="pyarrow", num_cpus=1).iter_rows():
+            tally.add(Tally.from_json(row["tally"]))
+    return tally
+
+
+def _finish(config: IngestConfig, inventory: Inventory, notes: str, tally: Tally, record: RunRecord) -> None:
+    rows_out, rejected = tally.rows.total(), tally.rejected + inventory.rejected
+    rows_in = rows_out + rejected if inventory.shards else inventory.images + inventory.rejected
     record.counts = {"in": rows_in, "out": rows_out, "rejected": rejected}
     if rows_in != rows_out + rejected:
         raise AssertionError(
             f"{rows_in} inputs became {rows_out} rows and {rejected} rejects: some are lost or doubled"
         )
     if rejected:
-        examples = [_reject_text(item) for item in layout.rejects[:SHOWN_REJECTS]] + summary.examples
+        examples = "; ".join(reject_text(item) for item in (inventory.examples + tally.examples)[:SHOWN])
         listed = f"{rejected} of {rows_in} inputs were rejected, listed in {config.dataset}/{dataset.REJECTS_FOLDER}/"
         if rejected > config.max_reject_fraction * rows_in or not rows_out:
+            storage.delete(storage.join(str(config.dataset), NOTES_FOLDER))  # mended inputs must be read again
             raise PipelineError(
                 f"{listed}, more than --max_reject_fraction {config.max_reject_fraction} allows. "
-                f"The first: {'; '.join(examples[:SHOWN_REJECTS])}. Mend or remove them and run again."
+                f"The first: {examples}. Mend or remove them and run again."
             )
-        announce(f"  {listed}; the first: {'; '.join(examples[:SHOWN_REJECTS])}")
-    splits = {
-        split: dataset.SplitInfo(
-            rows=rows,
-            labelled=rows,
-            pixels=[int(count) for count in summary.pixels[split]],
-            files={file.path: file.rows for file in sink.written.files if file.path.startswith(f"{split}/")},
+        announce(f"  {listed}; the first: {examples}")
+    duplicates = _duplicates(str(config.dataset), notes)
+    if duplicates["images"]:
+        announce(
+            f"  {duplicates['images']} images are byte for byte those of another row, {duplicates['across_splits']} of "
+            f"them in another split, listed in {config.dataset}/{dataset.DUPLICATES_FOLDER}/"
         )
-        for split, rows in sorted(summary.rows.items())
-    }
+    classes = inventory.classes
     info = dataset.DatasetInfo(
-        names=list(layout.classes.names),
-        palette=[list(colour) for colour in layout.classes.palette],
-        splits=splits,
+        names=list(classes.names) if classes else [],
+        palette=[list(colour) for colour in classes.palette] if classes else [],
+        splits={
+            split: dataset.SplitInfo(
+                rows=rows,
+                labelled=tally.labelled[split],
+                pixels=tally.pixels[split],
+                files={path: count for path, count in sorted(tally.files.items()) if path.startswith(f"{split}/")},
+            )
+            for split, rows in sorted(tally.rows.items())
+        },
         rejected=rejected,
         source=storage.redacted(config.source),
-        layout=layout.name,
-        fingerprint=_fingerprint(summary.digest, layout),
+        layout=inventory.layout,
+        fingerprint=_fingerprint(tally.digest, inventory),
+        duplicates=duplicates["images"],
+        sizes={"height": dataset.quantiles(tally.heights), "width": dataset.quantiles(tally.widths)},
     )
-    record.outputs = [dataset.INFO_FILE, *([dataset.REJECTS_FOLDER] if rejected else []), *splits]
-    record.results = {"fingerprint": info.fingerprint, "splits": {name: split.rows for name, split in splits.items()}}
-    dataset.write_info(config.dataset, info)
+    record.outputs = [dataset.INFO_FILE, *info.splits]
+    record.outputs += [dataset.REJECTS_FOLDER] if rejected else []
+    record.outputs += [dataset.DUPLICATES_FOLDER] if duplicates["images"] else []
+    record.results = {
+        "fingerprint": info.fingerprint,
+        "splits": {name: split.rows for name, split in info.splits.items()},
+    }
+    dataset.write_info(str(config.dataset), info)
 
 
-class _PairChecker:
-    """Reads, checks and converts pairs: a function from a batch of pairs to as many rows or rejects."""
+def _duplicates(url: str, notes: str) -> dict[str, int]:
+    """Write down which images are there more than once.
 
-    def __init__(self, label_values: dict[int, int], num_classes: int) -> None:
-        self.label_values, self.num_classes = label_values, num_classes
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        rows = [self._row(pair) for pair in batch.to_pylist()]
-        return pa.Table.from_pylist(rows, schema=_CHECKED_SCHEMA)
-
-    def _row(self, pair: dict[str, str]) -> dict[str, object]:
-        row: dict[str, object] = {"image_id": pair["image_id"], "split": pair["split"], "source_uri": pair["image_url"]}
-        try:
-            row |= self._checked(**pair)
-        except images.BadImage as error:
-            row |= {"reason": error.reason, "detail": error.detail}
-        return row
-
-    def _checked(self, image_id: str, image_url: str, label_url: str, **_: object) -> dict[str, object]:
-        image_bytes, label_bytes = _fetched(image_url), _fetched(label_url)
-        height, width = images.decode_photograph(image_bytes).shape[:2]
-        try:
-            published = images.decode_label(label_bytes)
-        except images.BadImage as error:
-            raise images.BadImage(
-                f"label_{error.reason.removeprefix('label_')}", f"{label_url}: {error.detail}"
-            ) from error
-        if published.shape != (height, width):
-            raise images.BadImage(
-                "size_mismatch",
-                f"{label_url} is {published.shape[1]} x {published.shape[0]}, its image {width} x {height} pixels",
-            )
-        label = self._training_ids(published, label_url)
-        encoded = images.encode_png(label)
-        content = b"".join(hashlib.sha256(part).digest() for part in (image_id.encode(), image_bytes, label.tobytes()))
-        return {
-            "image": image_bytes,
-            "label": encoded,
-            "height": height,
-            "width": width,
-            "pixels": np.bincount(label.ravel(), minlength=256)[: self.num_classes].tolist(),
-            "digest": hashlib.sha256(content).digest(),
-        }
-
-    def _training_ids(self, published: np.ndarray, label_url: str) -> np.ndarray:
-        label = np.empty(published.shape, np.uint8)
-        for value in np.unique(published):
-            training_id = self.label_values.get(int(value))
-            if training_id is None:
-                raise images.BadImage(
-                    "unknown_label_value",
-                    f"{label_url} has the value {value}, which is none of the {self.num_classes} classes "
-                    f"(0 to {self.num_classes - 1}) nor an ignore value",
-                )
-            label[published == value] = training_id
-        return label
-
-
-def _fetched(url: str) -> bytes:
+    Raises:
+        PipelineError: if an image_id is: shards from elsewhere may bring any.
+    """
     try:
-        return storage.read_bytes(url)
-    except FileNotFoundError:
-        raise images.BadImage("missing", f"{url} was listed but is gone") from None
+        return ray.get(ray.remote(num_cpus=1)(_write_duplicates).remote(url, notes))
+    except RayTaskError as error:
+        raise mendable_cause(error) or error from error
 
 
-def _route(table: pa.Table) -> Iterator[tuple[str, pa.Table]]:
-    """Rows to their split's folder, rejects to theirs, each with the columns of its schema."""
-    good = pc.field("reason").is_null()
-    for split in sorted(set(table["split"].to_pylist())):
-        part = table.filter(good & (pc.field("split") == split))
-        if part.num_rows:
-            yield split, part.select(dataset.SCHEMA.names).cast(dataset.SCHEMA)
-    bad = table.filter(~good)
-    if bad.num_rows:
-        yield dataset.REJECTS_FOLDER, bad.select(dataset.REJECT_SCHEMA.names)
-
-
-def _summarize(table: pa.Table) -> _Summary:
-    rows: collections.Counter[str] = collections.Counter()
-    pixels: dict[str, np.ndarray] = {}
-    digest, rejected, examples = 0, 0, []
-    columns = ["split", "source_uri", "reason", "detail", "pixels", "digest"]
-    for row in table.select(columns).to_pylist():
-        if row["reason"] is not None:
-            rejected += 1
-            if len(examples) < SHOWN_REJECTS:
-                examples.append(_reject_text(Reject(row["source_uri"], row["split"], row["reason"], row["detail"])))
-            continue
-        rows[row["split"]] += 1
-        pixels[row["split"]] = pixels.get(row["split"], 0) + np.asarray(row["pixels"], np.int64)
-        digest += int.from_bytes(row["digest"], "big")
-    return _Summary(rows, pixels, digest % 2**256, rejected, examples)
-
-
-def _total(summaries: list[_Summary]) -> _Summary:
-    """The sum of summaries. The digest is a sum too, so it does not depend on the order of rows or tasks."""
-    rows: collections.Counter[str] = collections.Counter()
-    pixels: dict[str, np.ndarray] = {}
-    for summary in summaries:
-        rows.update(summary.rows)
-        for split, counts in summary.pixels.items():
-            pixels[split] = pixels.get(split, 0) + counts
-    return _Summary(
-        rows,
-        pixels,
-        sum(summary.digest for summary in summaries) % 2**256,
-        sum(summary.rejected for summary in summaries),
-        [example for summary in summaries for example in summary.examples][:SHOWN_REJECTS],
+def _write_duplicates(url: str, notes: str) -> dict[str, int]:
+    """Runs on a worker, which holds an id and a digest of every image: about 1 GB for ten million."""
+    filesystem, path = storage.arrow_filesystem(notes)
+    places = [f"{path}/{item.url.rpartition('/')[2]}" for item in storage.list_objects(notes)]
+    places = [place for place in places if place.endswith(".content.parquet")]
+    contents = [pq.read_table(place, filesystem=filesystem, schema=CONTENT_SCHEMA) for place in places]
+    table = pa.concat_tables(contents).sort_by([("split", "ascending"), ("image_id", "ascending")])
+    ids = table.group_by("image_id").aggregate([([], "count_all")]).filter(pc.field("count_all") > 1)
+    if ids.num_rows:
+        raise PipelineError(
+            f"{ids.num_rows} values of image_id are there more than once, such as {ids['image_id'][0].as_py()!r}: "
+            "make them unique in the source, or leave the column out."
+        )
+    firsts = table.group_by("content", use_threads=False).aggregate([("image_id", "first"), ("split", "first")])
+    joined = table.join(firsts, "content").filter(pc.field("image_id") != pc.field("image_id_first"))
+    joined = joined.select(["image_id", "split", "image_id_first", "split_first"]).rename_columns(
+        _DUPLICATES_SCHEMA.names
     )
+    if joined.num_rows:
+        ordered = joined.sort_by("image_id").cast(_DUPLICATES_SCHEMA)
+        write_table(storage.join(url, dataset.DUPLICATES_FOLDER, "part-000000.parquet"), ordered)
+    across = joined.filter(pc.field("split") != pc.field("first_split"))
+    return {"images": joined.num_rows, "across_splits": across.num_rows}
 
 
-def _fingerprint(digest: int, layout: Layout) -> str:
+def _fingerprint(digest: int, inventory: Inventory) -> str:
     """Of the rows and of what their values mean: a model trained under other names or colours is another model."""
-    meaning = json.dumps([layout.classes.names, layout.classes.palette])
+    classes = inventory.classes
+    meaning = json.dumps([classes.names, classes.palette] if classes else None)
     return hashlib.sha256(f"{digest:064x}{meaning}".encode()).hexdigest()
 
 
-def _reject_text(reject: Reject) -> str:
+def reject_text(reject: Reject) -> str:
+    """A reject in a sentence."""
     return f"{reject.source_uri}: {reject.reason}, {reject.detail}"
 
 
 def _counts_text(counts: Mapping[str, int]) -> str:
     return f"{counts['in']} inputs: {counts['out']} rows, {counts['rejected']} rejected"
-
-
-def _listing_digest(objects: list[storage.StoredObject]) -> str:
-    digest = hashlib.sha256()
-    for item in objects:
-        digest.update(f"{item.url}\0{item.size}\0{item.version}\n".encode())
-    return digest.hexdigest()
 
 
 def _require_apart(source: str, target: str) -> None:

@@ -100,10 +100,31 @@ def file_name(table: pa.Table, key: Sequence[str]) -> str:
 
 def write_table(url: str, table: pa.Table) -> None:
     """Store a table as one Parquet file, atomically. Encoded images inside are not compressed twice."""
-    buffer = pa.BufferOutputStream()
-    binary = {
-        name for name, kind in zip(table.schema.names, table.schema.types, strict=True) if pa.types.is_binary(kind)
-    }
-    options: Any = {"compression": {name: "NONE" if name in binary else "ZSTD" for name in table.schema.names}}
-    pq.write_table(table, buffer, row_group_size=ROW_GROUP_ROWS, write_page_index=True, **options)
-    storage.write_bytes(url, buffer.getvalue().to_pybytes())
+    file = BufferedParquet(table.schema)
+    file.write(table)
+    file.store(url)
+
+
+class BufferedParquet:
+    """A Parquet file that is written in memory, and stored atomically when it is whole.
+
+    Args:
+        schema: of its rows. Binary columns, which hold encoded images, are not compressed.
+    """
+
+    def __init__(self, schema: pa.Schema) -> None:
+        binary = {name for name, kind in zip(schema.names, schema.types, strict=True) if pa.types.is_binary(kind)}
+        options: Any = {"compression": {name: "NONE" if name in binary else "ZSTD" for name in schema.names}}
+        self.rows = 0
+        self._buffer = pa.BufferOutputStream()
+        self._writer = pq.ParquetWriter(self._buffer, schema, write_page_index=True, **options)
+
+    def write(self, table: pa.Table) -> None:
+        """Add rows, in row groups of `ROW_GROUP_ROWS`."""
+        self.rows += table.num_rows
+        self._writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
+
+    def store(self, url: str) -> None:
+        """Finish the file and store it."""
+        self._writer.close()
+        storage.write_bytes(url, self._buffer.getvalue().to_pybytes())

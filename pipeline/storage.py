@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 import pyarrow.fs as arrow_fs
@@ -29,8 +29,10 @@ from pipeline.errors import PipelineError
 
 SCHEMES = ("s3", "gs", "file")
 UPLOADED_TOGETHER = 32  # files that upload_folder holds in memory
+NOTHING_THERE = (errno.ENOENT, errno.ELOOP)  # the latter of links that lead to each other
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_UNUSABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # the last are what Python makes of bytes that are no UTF-8
 _HOST_AND_PORT = re.compile(r"([^:@\[\]]+:[0-9]+|\[[0-9A-Fa-f:.]+\](:[0-9]+)?)[.,:;)'\"]*")
 _SECRET_PARAMETER = re.compile(
     r"([?&](?:access_key|secret_key|session_token|token|sig|X-Amz-(?:Signature|Credential|Security-Token))=)[^&\s]+",
@@ -114,10 +116,22 @@ def _without_user(match: re.Match[str]) -> str:
 
 
 def _refuse_misread_names(url: str) -> None:
-    if any(ord(character) < 32 or ord(character) == 127 for character in url):
-        raise StorageError(f"{redacted(url)!r} has a control character in its name: rename it.")
+    found = _UNUSABLE.search(url)
+    if found:
+        what = "bytes that are not UTF-8" if found.group() > "\x7f" else "a control character"
+        raise StorageError(f"{redacted(url)!r} has {what} in its name: rename it.")
     if "?versionId=" in url and "://" in url:  # s3fs drops this and all that follows: another object's name
         raise StorageError(f"{redacted(url)} names a version: name the object alone, without ?versionId=.")
+
+
+def usable_name(url: str) -> bool:
+    """Whether the name of a listed object can be read and written down; `split` says of others why not."""
+    return not _UNUSABLE.search(url) and not ("?versionId=" in url and "://" in url)
+
+
+def printable(url: str) -> str:
+    """A name with what makes it unusable written as an escape."""
+    return _UNUSABLE.sub(lambda found: found.group().encode("unicode_escape").decode(), url)
 
 
 def join(url: str, *parts: str) -> str:
@@ -150,11 +164,28 @@ def read_bytes(url: str) -> bytes:
         StorageError: for everything else that keeps it from being read.
     """
     scheme, path = split(url)
+    # In one request: s3fs would first ask for the size, and gives up sooner where that is answered with "slow down".
+    options = {"max_concurrency": 1} if scheme == "s3" else {}
     try:
-        return _fsspec(scheme).cat_file(path)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{url} does not exist") from error
+        return _fsspec(scheme).cat_file(path, **options)
     except Exception as error:
+        if isinstance(error, FileNotFoundError) or getattr(error, "errno", None) in NOTHING_THERE:
+            raise FileNotFoundError(f"{url} does not exist") from error
+        raise _explanation(url, error) from error
+
+
+def open_input(url: str) -> IO[bytes]:
+    """The object as a file to be read and moved in, without fetching it whole.
+
+    Raises:
+        FileNotFoundError, StorageError: as `read_bytes`.
+    """
+    scheme, path = split(url)
+    try:
+        return _fsspec(scheme).open(path, "rb")
+    except Exception as error:
+        if isinstance(error, FileNotFoundError) or getattr(error, "errno", None) in NOTHING_THERE:
+            raise FileNotFoundError(f"{url} does not exist") from error
         raise _explanation(url, error) from error
 
 
@@ -233,7 +264,9 @@ def _local_files(path: str, within: frozenset[tuple[int, int]] = frozenset()) ->
     place = Path(path)
     try:
         status = place.stat()
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in NOTHING_THERE:
+            raise
         # A link to nothing is listed, so that whoever reads it learns of it; what was just deleted is not.
         return {path: {"size": 0, "mtime": place.lstat().st_mtime}} if place.is_symlink() else {}
     if S_ISREG(status.st_mode):

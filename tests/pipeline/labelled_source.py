@@ -90,7 +90,7 @@ def write_bad_inputs(url: str) -> dict[str, str]:
         "empty.png": "empty",
         "label_truncated.png": "label_damaged",
         "label_page.png": "label_not_an_image",
-        "label_colours.png": "label_mode",
+        "label_colours.png": "unknown_label_value",
         "label_above.png": "unknown_label_value",
         "label_smaller.png": "size_mismatch",
         "alone.png": "no_label",

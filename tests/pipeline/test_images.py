@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import zlib
 
 import numpy as np
 import pytest
@@ -165,9 +166,22 @@ def test_a_label_of_sixteen_bits_keeps_values_above_255() -> None:
     np.testing.assert_array_equal(label, values)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_a_label_of_few_bits_has_the_values_that_were_stored(bits: int) -> None:
+    values = np.arange(2**bits, dtype=np.uint8).repeat(8)[None]
+    packed = np.packbits(np.unpackbits(values[..., None], axis=-1)[..., -bits:].ravel())
+    header = values.shape[1].to_bytes(4, "big") + (1).to_bytes(4, "big") + bytes([bits, 0, 0, 0, 0])
+    chunks = {b"IHDR": header, b"IDAT": zlib.compress(b"\0" + packed.tobytes()), b"IEND": b""}
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(
+        len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+        for kind, data in chunks.items()
+    )
+    np.testing.assert_array_equal(decode_label(png), values)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
 def test_a_label_of_colours_is_refused(mode: str) -> None:
-    with pytest.raises(BadImage, match=f"mode {mode}, class ids need a grey or palette image") as bad:
+    with pytest.raises(BadImage, match="has colours, class ids need a grey or palette image") as bad:
         decode_label(encoded(Image.new(mode, (4, 4))))
     assert bad.value.reason == "label_mode"
 

@@ -16,6 +16,7 @@ from pipeline import ingest as stage
 from pipeline.dataset import SCHEMA
 from pipeline.images import decode_label, encode_png
 from pipeline.ingest import IngestConfig, ingest
+from pipeline.inventory import Cut
 from pipeline.run_record import RunRecord, read_record
 from tests.pipeline.labelled_source import (
     CLASSES,
@@ -113,14 +114,16 @@ def test_each_reject_is_listed_with_its_reason(ingested: _Ingested) -> None:
     rows = reject_rows(ingested.url)
     assert {Path(row["source_uri"]).name: row["reason"] for row in rows} == ingested.reasons
     assert {row["split"] for row in rows} == {"train"}
-    details = {row["reason"]: row["detail"] for row in rows}
+    details = {Path(row["source_uri"]).stem: row["detail"] for row in rows}
     assert all(detail and "\n" not in detail for detail in details.values())
     labels = ingested.source / "labels/train"
-    assert details["unknown_label_value"] == (
-        f"{labels}/label_above.png has the value 3, which is none of the 3 classes (0 to 2) nor an ignore value"
+    assert details["label_above"] == (
+        f"{labels}/label_above.png: it has the value 3 at 1 pixels, "
+        "which is none of the classes (0 to 2) nor an ignore value"
     )
-    assert details["size_mismatch"] == f"{labels}/label_smaller.png is 16 x 11, its image 16 x 12 pixels"
-    assert details["label_damaged"].startswith(f"{labels}/label_truncated.png: damaged or truncated")
+    assert "which is none of the classes (3 colours) nor an ignore value" in details["label_colours"]
+    assert details["label_smaller"] == f"{labels}/label_smaller.png is 16 x 11, its image 16 x 12 pixels"
+    assert details["label_truncated"].startswith(f"{labels}/label_truncated.png: damaged or truncated")
 
 
 def test_the_description_and_the_record_say_what_was_done(ingested: _Ingested) -> None:
@@ -168,10 +171,7 @@ def original(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> tup
 def test_the_fingerprint_is_that_of_the_content_wherever_it_lies_and_however_it_is_cut(
     original: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "ROWS_PER_TASK", 3)
-    monkeypatch.setattr(stage, "TARGET_FILE_BYTES", 1)
-    listed = storage.list_objects
-    monkeypatch.setattr(storage, "list_objects", lambda url: reversed(list(listed(url))))
+    monkeypatch.setattr(stage, "CUT", Cut(most_images=1))
     source = tmp_path / "copy"
     shutil.copytree(original[0], source)
     label = Image.fromarray(label_values(1), "P")  # the same values in other bytes

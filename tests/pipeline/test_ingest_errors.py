@@ -143,7 +143,7 @@ def test_the_script_says_in_one_line_what_is_wrong_with_the_labels(bucket: str) 
     failed = run_script("--source", f"{bucket}/raw", "--dataset", f"{bucket}/set")
     assert failed.returncode == 1
     assert failed.stderr.startswith("error: 1 of 4 inputs were rejected")
-    assert f"{bucket}/raw/labels/train/01.png has the value 9" in failed.stderr
+    assert f"{bucket}/raw/labels/train/01.png: it has the value 9 at 1 pixels" in failed.stderr
     assert failed.stderr.count("\n") == 1
     assert "Traceback" not in failed.stdout + failed.stderr
     assert_unfinished(f"{bucket}/set")

@@ -1,0 +1,193 @@
+"""Inputs of an ingest as records, before anything is checked: pairs of files, or what shards hold.
+
+A record that could not be read says why instead of having bytes; nothing is passed over.
+"""
+
+import collections
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.images import BadImage
+from pipeline.layouts import IMAGE_SUFFIXES, Pair, Shard
+
+FETCHED_AHEAD = 16  # pairs being read while others are decoded
+ROWS_TOGETHER = 32
+
+# Names, after the first dot, of a sample's files in a tar shard. A PNG beside a photograph is its label.
+LABEL_ENDINGS = ("label.png", "seg.png", "mask.png", "segmentation.png", "annotation.png")
+
+_TAR_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Record:
+    """One input.
+
+    Args:
+        image_id: as in the dataset.
+        source_uri: the image's URL; of what lies in a shard, the shard's with `#` and the name or number inside.
+        image, label: encoded bytes; no label where there is none to be.
+        label_uri: where the label came from, for messages.
+        coding: which of the layout's codings the label has.
+        fault: why the record cannot become a row.
+    """
+
+    image_id: str
+    split: str
+    source_uri: str
+    image: bytes = b""
+    label: bytes | None = None
+    label_uri: str = ""
+    coding: str = ""
+    fault: BadImage | None = None
+
+
+def read_pairs(pairs: Iterable[Pair]) -> Iterator[Record]:
+    """The records of pairs, in order, some being fetched while earlier ones are worked on.
+
+    Raises:
+        StorageError: if the store cannot be read; a file that is not there is a fault of its record.
+    """
+    with ThreadPoolExecutor(FETCHED_AHEAD) as pool:
+        yield from _ahead(pool, _read_pair, pairs, FETCHED_AHEAD)
+
+
+def read_shard(shard: Shard, coding: str) -> Iterator[Record]:
+    """The records of a tar or Parquet file, a few in memory at a time; damage to the file is a last, faulty record.
+
+    Raises:
+        StorageError: if the store cannot be read.
+    """
+    read = _read_tar if shard.url.lower().endswith(".tar") else _read_parquet
+    seen: set[str] = set()
+    try:
+        for record in read(shard, coding):
+            if record.image_id in seen:
+                fault = BadImage("duplicate_stem", f"{record.image_id} is in {shard.url} more than once: rename one")
+                yield replace(record, fault=fault)
+            else:
+                seen.add(record.image_id)
+                yield record
+    except FileNotFoundError:
+        yield _faulty(shard, "missing", f"{shard.url} was listed but is gone")
+    except (tarfile.TarError, pa.ArrowInvalid, EOFError) as error:
+        yield _faulty(shard, "damaged", f"after {len(seen)} samples: {type(error).__name__}: {str(error)[:200]}")
+
+
+def _faulty(shard: Shard, reason: str, detail: str) -> Record:
+    return Record(shard.name, shard.split, shard.url, fault=BadImage(reason, detail))
+
+
+def _read_pair(pair: Pair) -> Record:
+    record = Record(pair.image_id, pair.split, pair.image_url, label_uri=pair.label_url or "", coding=pair.coding)
+    try:
+        image = _fetched(pair.image_url)
+        label = None if pair.label_url is None else _fetched(pair.label_url)
+    except BadImage as fault:
+        return replace(record, fault=fault)
+    return replace(record, image=image, label=label)
+
+
+def _fetched(url: str) -> bytes:
+    try:
+        return storage.read_bytes(url)
+    except FileNotFoundError:
+        raise BadImage("missing", f"{url} was listed but is gone") from None
+
+
+def _read_tar(shard: Shard, coding: str) -> Iterator[Record]:
+    with storage.open_input(shard.url) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
+        key, files = "", dict[str, bytes]()
+        for member in archive:
+            path = PurePosixPath(member.name.encode("utf-8", "backslashreplace").decode())  # names may be no UTF-8
+            if not member.isfile() or path.name.startswith("."):
+                continue
+            name, _, ending = path.name.partition(".")
+            current = str(path.with_name(name))
+            if current != key and files:
+                yield _sample(shard, key, files, coding)
+                files = {}
+            key = current
+            content = archive.extractfile(member)
+            assert content is not None
+            files[ending.lower()] = content.read()
+        if files:
+            yield _sample(shard, key, files, coding)
+        # tarfile takes damage between two files for the end; a whole archive ends with a block of zeros.
+        stream.seek(archive.offset)
+        if stream.read(_TAR_BLOCK) != bytes(_TAR_BLOCK):
+            raise tarfile.ReadError("the archive breaks off, or is damaged, before its end")
+
+
+def _sample(shard: Shard, key: str, files: Mapping[str, bytes], coding: str) -> Record:
+    record = Record(f"{shard.name}/{key}", shard.split, f"{shard.url}#{key}", coding=coding)
+    labels = [ending for ending in files if ending in LABEL_ENDINGS]
+    images = [ending for ending in files if f".{ending.rpartition('.')[2]}" in IMAGE_SUFFIXES and ending not in labels]
+    if not labels and len(images) > 1 and "png" in images:
+        images.remove("png")
+        labels = ["png"]
+    if len(images) != 1 or len(labels) > 1:
+        said = ", ".join(sorted(files))
+        fault = BadImage("no_image" if not images else "ambiguous", f"{key} has the files {said}: one image, one label")
+        return replace(record, fault=fault)
+    if not labels:
+        return replace(record, fault=BadImage("no_label", f"{key} has no label, such as {key}.{LABEL_ENDINGS[0]}"))
+    return replace(record, image=files[images[0]], label=files[labels[0]], label_uri=f"{shard.url}#{key}.{labels[0]}")
+
+
+def _read_parquet(shard: Shard, coding: str) -> Iterator[Record]:
+    filesystem, path = storage.arrow_filesystem(shard.url)
+    with pq.ParquetFile(path, filesystem=filesystem) as file:
+        names = file.schema_arrow.names
+        if "image" not in names:
+            said = ", ".join(names)
+            yield _faulty(shard, "no_image", f"it has the columns {said}: name that of the encoded images `image`")
+            return
+        columns = [name for name in ("image", "label", "image_id", "source_uri") if name in names]
+        number = 0
+        for batch in file.iter_batches(ROWS_TOGETHER, columns=columns):
+            for row in batch.to_pylist():
+                yield _row(shard, number, row, coding)
+                number += 1
+
+
+def _row(shard: Shard, number: int, row: Mapping[str, Any], coding: str) -> Record:
+    place = f"{shard.url}#{number}"
+    image_id = str(row.get("image_id") or f"{shard.name}/{number}")
+    record = Record(image_id, shard.split, str(row.get("source_uri") or place), label_uri=place, coding=coding)
+    image, label = _encoded(row["image"]), _encoded(row.get("label"))
+    if image is None:
+        return replace(record, fault=BadImage("no_image", f"row {number} of {shard.url} has no bytes of an image"))
+    return replace(record, image=image, label=label)
+
+
+def _encoded(value: Any) -> bytes | None:
+    """Encoded bytes, also where they lie in a field `bytes`, as the datasets library writes them."""
+    if isinstance(value, Mapping):
+        value = value.get("bytes")
+    return value if isinstance(value, bytes) else None
+
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, work: Callable[[_Item], _Result], items: Iterable[_Item], count: int
+) -> Iterator[_Result]:
+    """Results in order, with at most `count` of them being made ahead; unlike `pool.map`, which begins them all."""
+    waiting: collections.deque[Future[_Result]] = collections.deque()
+    for item in items:
+        waiting.append(pool.submit(work, item))
+        if len(waiting) > count:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()

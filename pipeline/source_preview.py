@@ -1,0 +1,147 @@
+"""A look at a source before it is ingested: what is there, what would be rejected, and how labels lie on images.
+
+Runs in the calling process, without Ray, on the listing and a sample of the images.
+"""
+
+import collections
+import io
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from PIL import Image
+
+from pipeline import images, storage
+from pipeline.conversion import Row, Tally, checked
+from pipeline.dataset import IGNORE_LABEL, quantiles
+from pipeline.images import BadImage
+from pipeline.ingest import IngestConfig, checked_config, reject_text
+from pipeline.inventory import SHOWN, selected_layout, stable_fraction
+from pipeline.layouts import Layout, Reject
+from pipeline.progress import announce
+from pipeline.records import Record, read_pairs, read_shard
+
+SAMPLE = 64  # images that are read
+DRAWN = 6  # of them drawn
+SHOWN_CLASSES = 12
+DRAWN_SIDE = 480  # pixels; larger images are drawn smaller
+
+
+def preview_source(config: IngestConfig) -> None:
+    """Say what an ingest would find; with `config.preview`, draw images beside their labels.
+
+    Raises:
+        PipelineError: as `ingest`, and if none of the sample can be drawn.
+    """
+    config = checked_config(config)
+    layout, objects = selected_layout(config.source, config.layout, config.selection)
+    tally, drawn = Tally(), list[Row]()
+    num_classes = len(layout.classes) if layout.classes else 0
+    for record in _sample(layout):
+        try:
+            row = checked(record, layout.codings, num_classes)
+        except BadImage as error:
+            tally.add_reject(Reject(record.source_uri, record.split, error.reason, error.detail))
+            continue
+        tally.add_row(row)
+        if len(drawn) < DRAWN:
+            drawn.append(row)
+    for line in _findings(layout, tally):
+        announce(line)
+    others = layout.passed_over(objects)
+    if others:
+        announce(f"  {len(others)} other files are passed over, such as {storage.redacted(others[0])}")
+    if config.preview:
+        storage.write_bytes(config.preview, _contact_sheet(layout, drawn))
+        announce(f"  {len(drawn)} images are drawn in {config.preview}")
+
+
+def _sample(layout: Layout) -> Iterator[Record]:
+    """Records from all over the source: pairs by the hash of their ids, or the beginnings of some shards."""
+    pairs = sorted(layout.pairs, key=lambda pair: stable_fraction(pair.image_id))[:SAMPLE]
+    yield from read_pairs(pairs)
+    coding = next(iter(layout.codings), "")
+    shards = layout.shards[:: max(1, len(layout.shards) // 4)][:4]
+    for shard in shards:
+        for number, record in enumerate(read_shard(shard, coding)):
+            if number == SAMPLE // len(shards):
+                break
+            yield record
+
+
+def _findings(layout: Layout, tally: Tally) -> Iterator[str]:
+    read = tally.rows.total() + tally.rejected
+    size = sum(pair.size for pair in layout.pairs) + sum(shard.size for shard in layout.shards)
+    splits = collections.Counter(item.split for item in (*layout.pairs, *layout.shards))
+    unit = "images" if layout.pairs else "shards"
+    by_split = ", ".join(f"{split} {count}" for split, count in sorted(splits.items()))
+    yield f"{layout.name}: {by_split} {unit}, {size / 2**20:.1f} MB"
+    yield f"  of {read} that were read:"
+    if tally.heights:
+        yield f"  sizes: {_range(tally.widths)} wide, {_range(tally.heights)} high"
+    if layout.classes:
+        counts = np.sum(list(tally.pixels.values()) or [[0] * len(layout.classes)], axis=0)
+        present = [int(index) for index in np.argsort(-counts) if counts[index]]
+        shares = [f"{layout.classes.names[i]} {100 * counts[i] / counts.sum():.1f} %" for i in present[:SHOWN_CLASSES]]
+        more = f", and {len(present) - SHOWN_CLASSES} more" if len(present) > SHOWN_CLASSES else ""
+        yield f"  {len(present)} of {len(layout.classes)} classes: {', '.join(shares)}{more}"
+    yield f"  {tally.rejected} would be rejected{_examples(tally.examples)}"
+    if layout.rejects:
+        reasons = collections.Counter(reject.reason for reject in layout.rejects)
+        said = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
+        yield f"  {len(layout.rejects)} more are rejected by the listing alone ({said}){_examples(layout.rejects)}"
+
+
+def _examples(rejects: Iterable[Reject]) -> str:
+    shown = [reject_text(reject) for reject in list(rejects)[:SHOWN]]
+    return f"; the first: {'; '.join(shown)}" if shown else ""
+
+
+def _range(counts: collections.Counter[int]) -> str:
+    found = quantiles(counts)
+    if found["min"] == found["max"]:
+        return f"{found['min']}"
+    return f"{found['min']} to {found['max']} (median {found['median']})"
+
+
+def _contact_sheet(layout: Layout, rows: list[Row]) -> bytes:
+    """A PNG: each image beside its label in the classes' colours, ignored pixels white, and a legend."""
+    figure = Figure(figsize=(9, max(1, len(rows)) * 2.6 + 1.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(max(1, len(rows)), 2, squeeze=False)
+    present: set[int] = set()
+    for (left, right), row in zip(axes, rows, strict=False):
+        left.imshow(_smaller(images.decode_photograph(row.values["image"]), Image.Resampling.BILINEAR))
+        left.set_title(row.values["image_id"], fontsize=8)
+        if row.values["label"] is None or layout.classes is None:
+            right.set_title("no label", fontsize=8)
+            continue
+        label = _smaller(images.decode_label(row.values["label"]), Image.Resampling.NEAREST)
+        present |= {int(value) for value in np.unique(label)} - {IGNORE_LABEL}
+        colours = np.full((256, 3), 255, np.uint8)
+        colours[: len(layout.classes)] = layout.classes.palette
+        right.imshow(colours[label])
+        right.set_title(f"{row.values['width']} x {row.values['height']}", fontsize=8)
+    for axis in axes.ravel():
+        axis.set_axis_off()
+    if layout.classes and present:
+        handles = [
+            Patch(
+                facecolor="#{:02x}{:02x}{:02x}".format(*layout.classes.palette[index]),
+                label=layout.classes.names[index],
+            )
+            for index in sorted(present)
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=7, title="white: ignored")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()
+
+
+def _smaller(values: np.ndarray, resampling: Image.Resampling) -> np.ndarray:
+    image = Image.fromarray(values)
+    scale = min(1.0, DRAWN_SIDE / max(image.size))
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return np.asarray(image.resize(size, resampling))
