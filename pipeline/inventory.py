@@ -1,6 +1,6 @@
 """The inventory of a source: what is to be ingested, divided into chunks, each of which becomes a file or two.
 
-Made on the cluster: the driver gets a summary, however many objects there are. The chunks are stored beside the dataset,
+Made on the cluster: the driver gets a summary, however many objects there are. The chunks are stored with the dataset,
 where the tasks that convert them read their own. The worker that makes the inventory holds the listing, about 1 GB for
 a million objects; tens of millions need a source divided by prefix.
 """
