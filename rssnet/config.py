@@ -81,7 +81,7 @@ class SeparationConfig:
         enabled: Whether the deep map is upsampled by the module; off means bilinear, an ablation.
         kernel_size: Side of the window of tokens that a fine location is composed of, k; odd, 3 or more.
         groups: Channel groups with weights of their own, g; must divide the decoder's width.
-        max_gate: Largest strength of the repulsion, a_max.
+        max_gate: Largest strength of attraction and repulsion, a_max.
         gate_bias: Initial bias of the gate before its sigmoid; -3 starts it nearly closed.
         form: How weights are made. "conv": by a small conv net; "affinity": by similarity of local and deep features;
             "plain": bilinear attraction from which the local mean is repelled, only the gate being learned.

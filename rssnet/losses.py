@@ -322,10 +322,10 @@ def region_separation_loss(regions: Tensor, prototypes: Tensor, present: Tensor,
 
 
 def separation_supervision_loss(weights: SeparationWeights, labels: Tensor, num_classes: int, ratio: int) -> Tensor:
-    """Tells SASM what attracts and what repels: attraction should fall on tokens of a location's class, repulsion not.
+    """Tells SASM what to compose fine locations of: tokens of their own class.
 
-    Negative log of the attraction on the same class and of the repulsion on other classes, averaged over the fine
-    locations whose window holds both.
+    The share of the composition that is not on the location's class, averaged over the fine locations whose window
+    holds both tokens of its class and of others; linear, so that a location with nothing of its class learns too.
 
     Args:
         weights: From the separation module.
@@ -333,7 +333,7 @@ def separation_supervision_loss(weights: SeparationWeights, labels: Tensor, num_
         num_classes: K.
         ratio: Fine locations per token and axis, r.
     """
-    batch, height, width, groups, window = weights.attraction.shape
+    batch, height, width, groups, window = weights.composition.shape
     grid = (height // ratio, width // ratio)
     own = F.interpolate(labels[:, None].float(), size=(height, width), mode="nearest-exact").long()
     own = F.pixel_unshuffle(own, ratio).permute(0, 2, 3, 1)  # (B, h, w, r*r): the classes inside a token
@@ -346,11 +346,8 @@ def separation_supervision_loss(weights: SeparationWeights, labels: Tensor, num_
     other = torch.stack([shift.sum(dim=-1, keepdim=True) for shift in shifts], dim=-1) - same  # (B, h, w, r*r, k*k)
     mixed = (valid & (same.amax(dim=-1) > 0.5) & (other.amax(dim=-1) > 0.5)).float()
 
-    def mass(on: Tensor, of: Tensor) -> Tensor:
-        inside = of.float().reshape(batch, grid[0], ratio, grid[1], ratio, groups, window).transpose(2, 3)
-        return (inside.reshape(batch, *grid, ratio**2, groups, window) * on[..., None, :]).sum(dim=-1)
-
-    attracted, repelled = mass(same, weights.attraction), mass(other, weights.repulsion)  # (B, h, w, r*r, g)
-    smallest = torch.finfo(attracted.dtype).eps
-    losses = -(attracted.clamp(min=smallest).log() + repelled.clamp(min=smallest).log()).mean(dim=-1)
+    composition = weights.composition.float().reshape(batch, grid[0], ratio, grid[1], ratio, groups, window)
+    composition = composition.transpose(2, 3).reshape(batch, *grid, ratio**2, groups, window)
+    shares_of_own = (composition * same[..., None, :]).sum(dim=-1)  # (B, h, w, r*r, g)
+    losses = (1 - shares_of_own).clamp(min=0).mean(dim=-1)
     return (losses * mixed).sum() / mixed.sum().clamp(min=1)

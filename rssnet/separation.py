@@ -1,8 +1,8 @@
 """SASM, the spatially adaptive separation module.
 
 The paper (arXiv 2212.13764, abstract) says that it makes deep representations more separate, adaptively in space. How
-is ours: each fine location is composed of the tokens around it, attracted to those it belongs with and repelled from
-those it has been smeared with.
+is ours: the deep map is upsampled bilinearly, and each fine location is moved towards the tokens around it that it
+belongs with and away from those it has been smeared with.
 
 Shapes: B images, d channels in g groups, (h, w) tokens, r fine locations per token and axis, k*k tokens in a window.
 """
@@ -21,6 +21,10 @@ from .composition import compose, window_shifts
 # Bilinear weights are zero for most tokens of a window; this floor lets their logits be finite and be learned.
 BILINEAR_FLOOR = 1e-3
 
+# Of what is predicted: an optimizer that moves every weight equally far would otherwise move a softmax from bilinear
+# weights to single tokens within tens of steps, long before the maps that it reads mean anything.
+PREDICTION_SCALE = 0.1
+
 
 class SeparationWeights(NamedTuple):
     """How fine locations were composed of the tokens around them.
@@ -28,17 +32,22 @@ class SeparationWeights(NamedTuple):
     Attributes:
         attraction: (B, h * r, w * r, g, k*k), w: the tokens a location belongs with; sums to one over k*k.
         repulsion: (B, h * r, w * r, g, k*k), v: the tokens it has been smeared with; sums to one over k*k.
-        gate: (B, h * r, w * r, g, 1), a: strength of the repulsion, from 0 to a_max.
+        gate: (B, h * r, w * r, g, 1), a: strength of the two, from 0 to a_max.
+        bilinear: (r, r, k*k), b: the weights of bilinear upsampling, the same in every token.
     """
 
     attraction: Tensor
     repulsion: Tensor
     gate: Tensor
+    bilinear: Tensor
 
     @property
     def composition(self) -> Tensor:
-        """(B, h * r, w * r, g, k*k), u = w + a (w - v); sums to one over k*k."""
-        return self.attraction + self.gate * (self.attraction - self.repulsion)
+        """(B, h * r, w * r, g, k*k), u = b + a (w - v); sums to one over k*k."""
+        height, width = self.gate.shape[1:3]
+        ratio = self.bilinear.shape[0]
+        bilinear = self.bilinear.repeat(height // ratio, width // ratio, 1)[:, :, None]
+        return torch.addcmul(bilinear, self.gate, self.attraction - self.repulsion)
 
 
 def bilinear_weights(ratio: int, kernel_size: int) -> Tensor:
@@ -77,7 +86,7 @@ class BilinearUpsampling(nn.Module):
 class SpatiallyAdaptiveSeparation(nn.Module):
     """Upsamples the deep map so that it separates where the local map says that things end.
 
-    It starts as bilinear upsampling, up to about `max_gate * sigmoid(gate_bias)`.
+    It starts as bilinear upsampling, up to about `max_gate * sigmoid(gate_bias)`, and is that where the gate is closed.
 
     Args:
         width: Channels of the deep map, d.
@@ -85,7 +94,7 @@ class SpatiallyAdaptiveSeparation(nn.Module):
         ratio: Fine locations per token and axis, r.
         kernel_size: Odd side of the window of tokens, k.
         groups: Channel groups with weights of their own, g.
-        max_gate: Largest strength of the repulsion, a_max.
+        max_gate: Largest strength of attraction and repulsion, a_max.
         gate_bias: Initial bias of the gate.
         form: "conv", "affinity" or "plain", as in `SeparationConfig`.
 
@@ -128,10 +137,10 @@ class SpatiallyAdaptiveSeparation(nn.Module):
             self.query = _zero_convolution(hidden, groups * hidden)
             self.key = nn.Conv2d(width, groups * hidden, kernel_size=1)
         self.gate_bias = nn.Parameter(torch.full((groups, 1), gate_bias))
-        log_bilinear = bilinear_weights(ratio, kernel_size).clamp(min=BILINEAR_FLOOR).log()
-        self.register_buffer("log_bilinear", log_bilinear)  # saved, for models that are built on meta and then filled
+        # Saved, for models that are built on meta and then filled.
+        self.register_buffer("bilinear", bilinear_weights(ratio, kernel_size))
 
-    log_bilinear: Tensor
+    bilinear: Tensor
 
     def forward(self, deep: Tensor, local: Tensor | None) -> tuple[Tensor, SeparationWeights]:
         """Separates a deep map.
@@ -158,18 +167,25 @@ class SpatiallyAdaptiveSeparation(nn.Module):
         # What is added to the bilinear attraction, and what repels: (B, h * r, w * r, g, k*k).
         gate = self.max_gate * torch.sigmoid(self._grouped(self.predict_gate(hidden)) + self.gate_bias)
         if self.form == "conv":
-            attraction = self._grouped(self.predict_attraction(hidden))
-            repulsion = self._grouped(self.predict_repulsion(hidden))
+            attraction = self._predicted(self.predict_attraction, hidden)
+            repulsion = self._predicted(self.predict_repulsion, hidden)
         elif self.form == "affinity":
-            attraction = self._affinity(self._grouped(self.query(hidden)), self.key(deep))
+            attraction = self._affinity(self._predicted(self.query, hidden), self.key(deep))
             repulsion = -attraction
         else:
             attraction = repulsion = torch.zeros_like(gate).expand(*gate.shape[:-1], self.kernel_size**2)
 
-        bilinear = self.log_bilinear.repeat(*deep.shape[-2:], 1)[:, :, None]  # (h * r, w * r, 1, k*k)
+        prior = self.bilinear.clamp(min=BILINEAR_FLOOR).log().repeat(*deep.shape[-2:], 1)[:, :, None]
         return SeparationWeights(
-            attraction=(attraction + bilinear).softmax(dim=-1), repulsion=repulsion.softmax(dim=-1), gate=gate
+            attraction=(attraction + prior).softmax(dim=-1),
+            repulsion=repulsion.softmax(dim=-1),
+            gate=gate,
+            bilinear=self.bilinear,
         )
+
+    def _predicted(self, layer: nn.Conv2d, hidden: Tensor) -> Tensor:
+        """(B, h * r, w * r, g, n), scaled: by the layer's weights, which takes no memory of the map's size."""
+        return self._grouped(F.conv2d(hidden, PREDICTION_SCALE * layer.weight))
 
     def _grouped(self, features: Tensor) -> Tensor:
         """(B, g * n, height, width) to (B, height, width, g, n)."""
@@ -188,7 +204,6 @@ class SpatiallyAdaptiveSeparation(nn.Module):
 
 
 def _zero_convolution(inputs: int, outputs: int) -> nn.Conv2d:
-    convolution = nn.Conv2d(inputs, outputs, kernel_size=1)
-    for parameter in convolution.parameters():
-        nn.init.zeros_(parameter)
+    convolution = nn.Conv2d(inputs, outputs, kernel_size=1, bias=False)
+    nn.init.zeros_(convolution.weight)
     return convolution

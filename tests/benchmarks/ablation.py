@@ -1,7 +1,8 @@
 """The claim, checked: what each part of RSSNet does for a fixed budget on CamVid, seed by seed.
 
-Every variant sees the same backbone, crops, iterations and order of samples, and starts from the same backbone weights;
-they differ by their switches alone. Runs are written down one by one, so an interrupted benchmark goes on where it was:
+Every variant sees the same backbone, crops, iterations and order of samples, and starts from the same weights where it
+has the same layers; they differ by their switches alone. Runs are written down one by one, so an interrupted benchmark
+goes on where it was:
 
     python -m tests.benchmarks.ablation --data /path/to/camvid
 
@@ -244,7 +245,13 @@ def train(settings: Settings, variant: Variant, seed: int, photographs: Photogra
         image_size=settings.crop,
         drop_path=settings.drop_path,
     )
-    model = RSSNet(replace(config, **variant.model)).to(device)
+    full = RSSNet(config).state_dict()
+    model = RSSNet(replace(config, **variant.model))
+    # What a variant has in common with the whole model starts as there: seeds then differ more than variants do.
+    own = model.state_dict()
+    shared = {name: value for name, value in full.items() if name in own and own[name].shape == value.shape}
+    model.load_state_dict(own | shared)
+    model.to(device)
     criterion = RSSNetLoss(LossConfig(**variant.loss), CLASSES).to(device)
     groups = parameter_groups(
         model, settings.lr, weight_decay=settings.weight_decay, decoder_lr_scale=settings.decoder_lr_scale

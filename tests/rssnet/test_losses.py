@@ -16,7 +16,7 @@ from rssnet.losses import (
     region_separation_loss,
     separation_supervision_loss,
 )
-from rssnet.separation import SeparationWeights
+from rssnet.separation import SeparationWeights, bilinear_weights
 
 K = 4
 
@@ -156,8 +156,9 @@ def test_separation_supervision_is_its_definition():
     ratio, grid = 2, (3, 2)
     labels = labels_of(height=12, width=8, ignored=0.05)
     labels[0, :, :5], labels[0, :, 5:] = 1, 2  # a token that is of two classes, one of them by more than half
-    attraction = torch.randn(2, 6, 4, 2, 9).softmax(-1)
-    repulsion = torch.randn(2, 6, 4, 2, 9).softmax(-1)
+    attraction, repulsion = torch.randn(2, 2, 6, 4, 2, 9).mul(3).softmax(-1)
+    weights = SeparationWeights(attraction, repulsion, 2 * torch.rand(2, 6, 4, 2, 1), bilinear_weights(ratio, 3))
+    composition = weights.composition
     shares = shares_by_loops(labels, grid)
     losses = []
     for b in range(2):
@@ -175,10 +176,11 @@ def test_separation_supervision_is_its_definition():
                 other = torch.stack([shares[b, :, row, column].sum() for row, column in cells]) - same
                 if same.max() > 0.5 and other.max() > 0.5:
                     for group in range(2):
-                        w, v = attraction[b, y, x, group].double(), repulsion[b, y, x, group].double()
-                        losses.append(-((w * same).sum().log() + (v * other).sum().log()))
+                        on_own = (composition[b, y, x, group].double() * same).sum()
+                        losses.append(max(1 - on_own, torch.zeros_like(on_own)))
     assert len(losses) > 10
-    weights = SeparationWeights(attraction, repulsion, torch.zeros(2, 6, 4, 2, 1))
+    assert any(loss == 0 for loss in losses)
+    assert any(loss > 1 for loss in losses)
     found = separation_supervision_loss(weights, labels, K, ratio)
     torch.testing.assert_close(found.double(), torch.stack(losses).mean(), rtol=1e-5, atol=1e-6)
 
