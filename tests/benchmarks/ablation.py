@@ -93,7 +93,7 @@ VARIANTS = (
     Variant(FULL, {}, {}),
     Variant("without local pathway", {"local_pathway": LocalPathwayConfig(enabled=False)}, {}),
     Variant("without SASM", {"separation": SeparationConfig(enabled=False)}, {}),
-    Variant("SASM told by the labels", {}, {"separation_supervision": 0.2}),
+    Variant("SASM told by the labels", {}, {"separation_supervision": 0.5}),
     Variant("without DCA", {"cross_attention": CrossAttentionConfig(enabled=False)}, {}),
     Variant("DCA without attention supervision", {}, {"attention_bce": 0.0, "attention_dice": 0.0}),
     Variant("DCA without region classification", {}, {"region_classification": 0.0}),
