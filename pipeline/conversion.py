@@ -1,7 +1,7 @@
 """Checking and converting the inputs of an ingest, a chunk at a time: rows, rejects, and what is told of them.
 
-A chunk's files have its number in their name, and a note that is written last says that they are whole: converted
-again after a kill, a chunk replaces its own files, and a noted one is not converted again.
+A chunk's files have its plan's digest and its number in their name, and a note that is written last says that they are
+whole: converted again after a kill, a chunk replaces its own files, and a noted one is not converted again.
 """
 
 import collections
@@ -192,7 +192,8 @@ class ChunkConverter:
 
     def _convert(self, number: int, records: Iterable[Record]) -> Tally:
         """Writes the files of a chunk."""
-        tally, out = Tally(), _Files(self.dataset, f"part-{number:06}.parquet")
+        plan = self.notes.rpartition("/")[2]
+        tally, out = Tally(), _Files(self.dataset, f"part-{plan}-{number:06}.parquet")
         for record in records:
             try:
                 row = checked(record, self.codings, self.num_classes)

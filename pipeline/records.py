@@ -78,12 +78,26 @@ def read_shard(shard: Shard, coding: str) -> Iterator[Record]:
                 yield record
     except FileNotFoundError:
         yield _faulty(shard, "missing", f"{shard.url} was listed but is gone")
-    except (tarfile.TarError, pa.ArrowInvalid, EOFError) as error:
+    except (tarfile.TarError, pa.ArrowInvalid, EOFError, OSError) as error:
+        if isinstance(error, OSError) and not _is_damaged_parquet(shard.url):
+            raise storage.explanation(shard.url, error) from error
         yield _faulty(shard, "damaged", f"after {len(seen)} samples: {type(error).__name__}: {str(error)[:200]}")
 
 
 def _faulty(shard: Shard, reason: str, detail: str) -> Record:
     return Record(shard.name, shard.split, shard.url, fault=BadImage(reason, detail))
+
+
+def _is_damaged_parquet(url: str) -> bool:
+    """Whether a Parquet file is bad as it lies there; pyarrow's error is the same where the store has failed."""
+    if not url.lower().endswith(".parquet"):
+        return False
+    try:
+        with pq.ParquetFile(pa.BufferReader(storage.read_bytes(url))) as file:
+            collections.deque(file.iter_batches(ROWS_TOGETHER), maxlen=0)
+    except (OSError, pa.ArrowInvalid):
+        return True
+    return False
 
 
 def _read_pair(pair: Pair) -> Record:

@@ -171,7 +171,7 @@ def read_bytes(url: str) -> bytes:
     except Exception as error:
         if isinstance(error, FileNotFoundError) or getattr(error, "errno", None) in NOTHING_THERE:
             raise FileNotFoundError(f"{url} does not exist") from error
-        raise _explanation(url, error) from error
+        raise explanation(url, error) from error
 
 
 def open_input(url: str) -> IO[bytes]:
@@ -186,7 +186,7 @@ def open_input(url: str) -> IO[bytes]:
     except Exception as error:
         if isinstance(error, FileNotFoundError) or getattr(error, "errno", None) in NOTHING_THERE:
             raise FileNotFoundError(f"{url} does not exist") from error
-        raise _explanation(url, error) from error
+        raise explanation(url, error) from error
 
 
 def write_bytes(url: str, data: bytes) -> None:
@@ -294,7 +294,7 @@ def stat(url: str) -> StoredObject:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{url} does not exist") from error
     except Exception as error:
-        raise _explanation(url, error) from error
+        raise explanation(url, error) from error
     return StoredObject(url=url, size=int(info["size"] or 0), version=_version(info))
 
 
@@ -372,10 +372,10 @@ def _explained(url: str) -> Iterator[None]:
     except PipelineError:
         raise
     except Exception as error:
-        raise _explanation(url, error) from error
+        raise explanation(url, error) from error
 
 
-def _explanation(url: str, error: Exception) -> StorageError:
+def explanation(url: str, error: Exception) -> StorageError:
     """The one sentence for a failure of a store's client library, whose classes differ by store and by layer."""
     place, text = redacted(url), str(error)
     kinds = {kind.__name__ for kind in type(error).__mro__}

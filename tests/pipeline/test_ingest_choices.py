@@ -159,6 +159,25 @@ def test_what_stands_before_the_damage_of_a_shard_is_kept_and_the_damage_is_a_re
     assert reject["source_uri"].endswith("train.tar")
 
 
+@pytest.mark.parametrize("damage", ["cut", "a page overwritten"])
+def test_a_damaged_parquet_file_is_a_reject_and_the_others_are_kept(tmp_path: Path, damage: str) -> None:
+    storage.write_json(str(tmp_path / "source/classes.json"), CLASSES)
+    table = pa.table({"image": [photograph(1)] * 40, "label": [encode_png(label_values(1))] * 40})
+    for name in ("train-0", "train-1"):
+        pq.write_table(table, tmp_path / f"source/{name}.parquet", row_group_size=20, use_dictionary=False)
+    whole = (tmp_path / "source/train-1.parquet").read_bytes()
+    middle = len(whole) // 2
+    broken = whole[:-100] if damage == "cut" else whole[:middle] + b"\xff" * 4000 + whole[middle + 4000 :]
+    (tmp_path / "source/train-1.parquet").write_bytes(broken)
+    url = str(tmp_path / "set")
+    record = ingest(IngestConfig(str(tmp_path / "source"), url, max_reject_fraction=0.5))
+    assert record.counts["rejected"] == 1
+    assert [(row["source_uri"].rpartition("/")[2], row["reason"]) for row in reject_rows(url)] == [
+        ("train-1.parquet", "damaged")
+    ]
+    assert sum("train-0" in image_id for image_id in ids(url)["train"]) == 40
+
+
 def test_a_canonical_dataset_is_itself_a_source_and_comes_back_the_same(tmp_path: Path) -> None:
     write_source(str(tmp_path / "source"), pairs=3)
     first, again = str(tmp_path / "first"), str(tmp_path / "again")

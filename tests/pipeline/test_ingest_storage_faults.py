@@ -46,7 +46,7 @@ FAULTS = {
     # What the ingest itself writes, and reads again.
     "*/set/_ingest/*/chunks*.parquet": Fault(slow_down=1, reset=1, cut=1),
     "*/set/_ingest/*/000001.json": Fault(slow_down=1),
-    "*/set/train/part-000000.parquet": Fault(slow_down=1),
+    "*/set/train/part-*-000000.parquet": Fault(slow_down=1),
     "*/set/_rejects/*": Fault(slow_down=1),
     "*/set/dataset.json": Fault(slow_down=1),
 }
