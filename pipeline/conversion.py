@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,7 @@ class Tally:
         pixels: per class, by split.
         heights, widths: how many images are so high, so wide, in pixels.
         digest: sum of the rows' digests, which does not depend on their order.
+        broken_shards: how many of the rejects are shards that could not be read to their end.
         examples: of rejects, a few.
         files: Parquet files of rows, by their path below the dataset, and how many rows they have.
     """
@@ -47,6 +48,7 @@ class Tally:
     widths: collections.Counter[int] = field(default_factory=collections.Counter)
     digest: int = 0
     rejected: int = 0
+    broken_shards: int = 0
     examples: list[Reject] = field(default_factory=list)
     files: dict[str, int] = field(default_factory=dict)
 
@@ -73,6 +75,7 @@ class Tally:
             self._add_pixels(split, counts)
         self.digest = (self.digest + other.digest) % 2**256
         self.rejected += other.rejected
+        self.broken_shards += other.broken_shards
         self.examples = (self.examples + other.examples)[:SHOWN]
         self.files |= other.files
 
@@ -104,7 +107,7 @@ class Row:
         values: by column of the dataset.
         pixels: labelled pixels per class.
         content: digest of the image file.
-        digest: of id, image and label.
+        digest: of split, id, image and label.
     """
 
     split: str
@@ -145,7 +148,8 @@ def checked(record: Record, codings: Mapping[str, LabelCoding], num_classes: int
         "width": width,
         "source_uri": record.source_uri,
     }
-    digest = hashlib.sha256(hashlib.sha256(record.image_id.encode()).digest() + content + label_digest).digest()
+    name = hashlib.sha256(json.dumps([record.split, record.image_id]).encode()).digest()
+    digest = hashlib.sha256(name + content + label_digest).digest()
     return Row(record.split, values, counts[:num_classes].tolist(), content, digest)
 
 
@@ -165,10 +169,12 @@ class ChunkConverter:
     Args:
         dataset: URL of the dataset.
         notes: URL below which the chunks lie, and the notes of converted ones are written.
+        splits: that there may be rows of.
     """
 
     dataset: str
     notes: str
+    splits: Sequence[str]
     codings: Mapping[str, LabelCoding]
     num_classes: int
     selection: Selection
@@ -200,12 +206,13 @@ class ChunkConverter:
             except BadImage as error:
                 reject = Reject(record.source_uri, record.split, error.reason, error.detail)
                 tally.add_reject(reject)
+                tally.broken_shards += record.is_shard
                 out.add(dataset.REJECTS_FOLDER, dataset.REJECT_SCHEMA, dataclasses.asdict(reject))
             else:
                 tally.add_row(row)
                 out.add(row.split, dataset.SCHEMA, row.values)
                 out.content.append((row.values["image_id"], row.split, row.content))
-        stored = out.store()
+        stored = out.store({*self.splits, dataset.REJECTS_FOLDER})
         tally.files = {path: rows for path, rows in stored.items() if not path.startswith(dataset.REJECTS_FOLDER)}
         content = BufferedParquet(CONTENT_SCHEMA)
         columns = list(zip(*out.content, strict=True)) or [[], [], []]
@@ -233,10 +240,16 @@ class _Files:
         if len(self._waiting[folder]) == ROW_GROUP_ROWS:
             self._flush(folder)
 
-    def store(self) -> dict[str, int]:
-        """Store all files; returns their paths below the dataset, and numbers of rows."""
+    def store(self, folders: Set[str]) -> dict[str, int]:
+        """Store all files, and delete what an earlier attempt has left in other folders.
+
+        Returns:
+            Their paths below the dataset, and numbers of rows.
+        """
         for folder in [folder for folder, rows in self._waiting.items() if rows]:
             self._flush(folder)
+        for folder in folders - self._files.keys():
+            storage.delete(storage.join(self.url, folder, self.name))
         stored = {}
         for folder, file in self._files.items():
             path = f"{folder}/{self.name}"

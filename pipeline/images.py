@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+# What Pillow itself decodes, and safely: for EPS, say, it would start another program.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 MAX_PIXELS = 500_000_000  # a 22,000 x 22,000 image; above it a file is taken for a decompression bomb
 
 _PNG, _PNG_BIT_DEPTH = b"\x89PNG\r\n\x1a\n", 24
@@ -97,7 +99,7 @@ def _opened(data: bytes) -> Image.Image:
     if not data:
         raise BadImage("empty", "the file has no bytes")
     with _damage_refused():
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise BadImage(
                 "too_large", f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS} accepted"

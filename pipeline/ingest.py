@@ -21,7 +21,7 @@ from pipeline import dataset, storage
 from pipeline.cluster import connected
 from pipeline.conversion import CONTENT_SCHEMA, ChunkConverter, Tally
 from pipeline.errors import PipelineError, mendable_cause
-from pipeline.inventory import SHOWN, Cut, Inventory, Selection, has_chunks, take_inventory, write_chunks
+from pipeline.inventory import SHOWN, Cut, Inventory, Selection, delete_chunks, has_chunks, take_inventory, write_chunks
 from pipeline.layouts import Reject
 from pipeline.parquet_sink import write_table
 from pipeline.progress import Progress, announce
@@ -51,10 +51,10 @@ class IngestConfig:
         layout: camvid, ade20k, cityscapes, pascal_context (59 classes), pascal_context_60, coco_stuff10k,
             coco_stuff164k, voc, folders, webdataset, parquet, unlabelled, or auto to recognise the tree.
         max_reject_fraction: share of bad inputs, 0 to 1, above which the ingest fails.
-        splits: only these splits of the source; all when not given.
+        splits: only these splits of the source, separated by commas; all when not given.
         val_fraction: share of the split `train`, 0 to 1, that becomes the split `val`, by a stable hash of the
             image's id; for sources without one.
-        limit: at most so many images of each split, chosen by a stable hash of the id.
+        limit: at most so many images of each split, chosen by a stable hash of the id; not for shards.
         dry_run: only say what is there, from the listing and a sample of the images; nothing is written.
         preview: as dry_run, and draw images beside their labels into a PNG at this URL.
         new: start afresh, replacing the dataset that an earlier ingest left there.
@@ -63,8 +63,8 @@ class IngestConfig:
     source: str
     dataset: str | None = None
     layout: str = "auto"
-    max_reject_fraction: float = 0.01
-    splits: list[str] | None = None
+    max_reject_fraction: float = field(default=0.01, metadata={"identity": False})
+    splits: str | None = None
     val_fraction: float = 0.0
     limit: int | None = None
     dry_run: bool = field(default=False, metadata={"identity": False})
@@ -74,7 +74,8 @@ class IngestConfig:
     @property
     def selection(self) -> Selection:
         """Which inputs are wanted."""
-        return Selection(None if self.splits is None else tuple(self.splits), self.val_fraction, self.limit)
+        names = None if self.splits is None else tuple(name.strip() for name in self.splits.split(","))
+        return Selection(names, self.val_fraction, self.limit)
 
 
 def ingest(config: IngestConfig) -> RunRecord:
@@ -100,13 +101,12 @@ def ingest(config: IngestConfig) -> RunRecord:
         if not config.new:
             finished = finished_record(url, "ingest", config, inputs)
             if finished:
+                _require_few_rejects(config, finished.counts)
                 announce(f"already ingested: {url} ({_counts_text(finished.counts)})")
                 return finished
             refuse_other_work(url, "ingest", config, inputs)
             earlier = read_record(url)
-            resumes = (
-                earlier is not None and not differences(earlier, config, inputs) and has_chunks(notes, inventory.chunks)
-            )
+            resumes = earlier is not None and not differences(earlier, config, inputs) and has_chunks(notes)
         _require_free(url)
         _announce(inventory)
         # Also what may not come to be: rows that an earlier run left under any of these names must not stay beside
@@ -121,7 +121,8 @@ def ingest(config: IngestConfig) -> RunRecord:
             del chunks, rejects
             tally = _convert(config, inventory, notes)
             _finish(config, inventory, notes, tally, record)
-            storage.delete(storage.join(url, NOTES_FOLDER))
+        delete_chunks(notes)
+        storage.delete(storage.join(url, NOTES_FOLDER))
     announce(f"ingested {url} ({_counts_text(record.counts)})")
     return record
 
@@ -140,11 +141,16 @@ def _inventory(config: IngestConfig) -> tuple[Inventory, Any, Any]:
     """The source's inventory, and references to the tables of its chunks and rejects, which stay on the cluster."""
     task: Any = ray.remote(num_cpus=1, num_returns=3)(take_inventory)
     inventory, chunks, rejects = task.remote(config.source, config.layout, config.selection, CUT)
+    found: Inventory = _got(inventory)
+    return found, chunks, rejects
+
+
+def _got(reference: Any) -> Any:
+    """What a task has returned; if it failed by what its reader can mend, that."""
     try:
-        found: Inventory = ray.get(inventory)  # pyright: ignore[reportAssignmentType]
+        return ray.get(reference)
     except RayTaskError as error:
         raise mendable_cause(error) or error from error
-    return found, chunks, rejects
 
 
 def _announce(found: Inventory) -> None:
@@ -160,7 +166,7 @@ def _store_inventory(url: str, notes: str, chunks: Any, rejects: Any) -> None:
             write_table(storage.join(url, dataset.REJECTS_FOLDER, "part-unpaired.parquet"), reject_table)
         write_chunks(notes, chunk_table)  # last: with it, there is something to go on with
 
-    ray.get(ray.remote(num_cpus=1)(store).remote(chunks, rejects))
+    _got(ray.remote(num_cpus=1)(store).remote(chunks, rejects))
 
 
 def _convert(config: IngestConfig, inventory: Inventory, notes: str) -> Tally:
@@ -172,6 +178,7 @@ def _convert(config: IngestConfig, inventory: Inventory, notes: str) -> Tally:
         converter = ChunkConverter(
             dataset=str(config.dataset),
             notes=notes,
+            splits=inventory.splits,
             codings=inventory.codings,
             num_classes=len(inventory.classes) if inventory.classes else 0,
             selection=config.selection,
@@ -191,22 +198,26 @@ def _finish(config: IngestConfig, inventory: Inventory, notes: str, tally: Tally
         raise AssertionError(
             f"{rows_in} inputs became {rows_out} rows and {rejected} rejects: some are lost or doubled"
         )
+    listed = f"listed in {config.dataset}/{dataset.REJECTS_FOLDER}/"
+    examples = "; ".join(reject_text(item) for item in (inventory.examples + tally.examples)[:SHOWN])
+    _require_few_rejects(config, record.counts, f" The first: {examples}.")
+    if tally.broken_shards > config.max_reject_fraction * inventory.shards:
+        raise PipelineError(
+            f"{tally.broken_shards} of {inventory.shards} shards cannot be read to their end, {listed}, a larger share "
+            f"than --max_reject_fraction {config.max_reject_fraction} allows. The first: {examples}. "
+            "Mend or remove them and run again."
+        )
     if rejected:
-        examples = "; ".join(reject_text(item) for item in (inventory.examples + tally.examples)[:SHOWN])
-        listed = f"{rejected} of {rows_in} inputs were rejected, listed in {config.dataset}/{dataset.REJECTS_FOLDER}/"
-        if rejected > config.max_reject_fraction * rows_in or not rows_out:
-            storage.delete(storage.join(str(config.dataset), NOTES_FOLDER))  # mended inputs must be read again
-            raise PipelineError(
-                f"{listed}, more than --max_reject_fraction {config.max_reject_fraction} allows. "
-                f"The first: {examples}. Mend or remove them and run again."
-            )
-        announce(f"  {listed}; the first: {examples}")
-    duplicates = _duplicates(str(config.dataset), notes)
+        announce(f"  {rejected} of {rows_in} inputs were rejected, {listed}; the first: {examples}")
+    duplicates: dict[str, int] = _got(
+        ray.remote(num_cpus=1)(_write_duplicates).remote(str(config.dataset), notes, rows_out)
+    )
     if duplicates["images"]:
         announce(
             f"  {duplicates['images']} images are byte for byte those of another row, {duplicates['across_splits']} of "
             f"them in another split, listed in {config.dataset}/{dataset.DUPLICATES_FOLDER}/"
         )
+    _require_own(str(config.dataset), record)
     classes = inventory.classes
     info = dataset.DatasetInfo(
         names=list(classes.names) if classes else [],
@@ -237,25 +248,39 @@ def _finish(config: IngestConfig, inventory: Inventory, notes: str, tally: Tally
     dataset.write_info(str(config.dataset), info)
 
 
-def _duplicates(url: str, notes: str) -> dict[str, int]:
-    """Write down which images are there more than once.
+def _require_few_rejects(config: IngestConfig, counts: Mapping[str, int], examples: str = "") -> None:
+    """Refuse a dataset without rows, or of which too many inputs are bad."""
+    rejected, rows_in = counts["rejected"], counts["in"]
+    if rejected > config.max_reject_fraction * rows_in or not counts["out"]:
+        raise PipelineError(
+            f"{rejected} of {rows_in} inputs were rejected, listed in {config.dataset}/{dataset.REJECTS_FOLDER}/, more "
+            f"than --max_reject_fraction {config.max_reject_fraction} allows.{examples} "
+            "Mend or remove them and run again."
+        )
+
+
+def _require_own(url: str, record: RunRecord) -> None:
+    """Refuse to finish what another run has begun anew in the meantime."""
+    now = read_record(url)
+    if now is None or now.run_id != record.run_id:
+        raise PipelineError(f"Another ingest has begun at {url} since: let it end, then run again.")
+
+
+def _write_duplicates(url: str, notes: str, rows: int) -> dict[str, int]:
+    """Writes down which of so many rows' images are there more than once.
+
+    Runs on a worker, which holds an id and a digest of every image: about 1 GB for ten million.
 
     Raises:
-        PipelineError: if an image_id is: shards from elsewhere may bring any.
+        PipelineError: if an image_id is there more than once; shards from elsewhere may bring any.
     """
-    try:
-        return ray.get(ray.remote(num_cpus=1)(_write_duplicates).remote(url, notes))
-    except RayTaskError as error:
-        raise mendable_cause(error) or error from error
-
-
-def _write_duplicates(url: str, notes: str) -> dict[str, int]:
-    """Runs on a worker, which holds an id and a digest of every image: about 1 GB for ten million."""
     filesystem, path = storage.arrow_filesystem(notes)
     places = [f"{path}/{item.url.rpartition('/')[2]}" for item in storage.list_objects(notes)]
     places = [place for place in places if place.endswith(".content.parquet")]
     contents = [pq.read_table(place, filesystem=filesystem, schema=CONTENT_SCHEMA) for place in places]
     table = pa.concat_tables(contents).sort_by([("split", "ascending"), ("image_id", "ascending")])
+    if table.num_rows != rows:
+        raise AssertionError(f"the notes tell of {table.num_rows} rows, not of {rows}")
     ids = table.group_by("image_id").aggregate([([], "count_all")]).filter(pc.field("count_all") > 1)
     if ids.num_rows:
         raise PipelineError(

@@ -26,6 +26,8 @@ SHOWN = 3  # examples of rejects in a message
 
 _CHUNKS_PER_FILE = 64  # of which a task reads the footer to find its own
 
+_READY = "ready"  # written last and deleted first
+
 _SCHEMA = pa.schema(
     [
         ("chunk", pa.int32()),
@@ -108,11 +110,14 @@ class Inventory:
     passed_over_example: str
 
 
-def selected_layout(source: str, name: str, selection: Selection) -> tuple[Layout, list[storage.StoredObject]]:
+def selected_layout(
+    source: str, name: str, selection: Selection
+) -> tuple[Layout, list[storage.StoredObject], list[str]]:
     """Lists a source and finds in it what is wanted.
 
     Returns:
-        The layout, and the listing without names that cannot be used; images and labels of such are rejects.
+        The layout; the listing without names that cannot be used, images and labels of such being rejects; and the
+        URLs of what the layout has no use for.
 
     Raises:
         PipelineError: if there is nothing, no layout fits, or the selection asks for what is not there.
@@ -125,8 +130,9 @@ def selected_layout(source: str, name: str, selection: Selection) -> tuple[Layou
     layout = read_layout(name, source, usable)
     if len(usable) < len(objects):
         layout.rejects.extend(_misnamed(objects))
+    others = layout.passed_over(usable)
     _select(layout, source, selection)
-    return layout, usable
+    return layout, usable, others
 
 
 def take_inventory(source: str, name: str, selection: Selection, cut: Cut) -> tuple[Inventory, pa.Table, pa.Table]:
@@ -138,10 +144,9 @@ def take_inventory(source: str, name: str, selection: Selection, cut: Cut) -> tu
     Raises:
         PipelineError: as `selected_layout`.
     """
-    layout, objects = selected_layout(source, name, selection)
+    layout, objects, others = selected_layout(source, name, selection)
     chunks = _chunks(layout, cut)
     rejects = pa.Table.from_pylist([dataclasses.asdict(item) for item in layout.rejects], schema=REJECT_SCHEMA)
-    others = layout.passed_over(objects)
     listing = hashlib.sha256()
     for item in sorted(objects, key=lambda item: item.url):
         listing.update(f"{item.url}\0{item.size}\0{item.version}\n".encode())
@@ -167,7 +172,7 @@ def take_inventory(source: str, name: str, selection: Selection, cut: Cut) -> tu
 
 
 def write_chunks(folder: str, chunks: pa.Table) -> None:
-    """Store the table of chunks below a URL, one row group each, some together in a file, the last file last."""
+    """Store the table of chunks below a URL, one row group each, some together in a file."""
     numbers = chunks["chunk"].to_numpy()
     starts = np.flatnonzero(np.diff(numbers, prepend=-1))
     ends = [*starts[1:], len(numbers)]
@@ -177,11 +182,18 @@ def write_chunks(folder: str, chunks: pa.Table) -> None:
             for start, end in list(zip(starts, ends, strict=True))[first : first + _CHUNKS_PER_FILE]:
                 writer.write_table(chunks.slice(start, end - start), row_group_size=end - start)
         storage.write_bytes(_chunk_file(folder, first), buffer.getvalue().to_pybytes())
+    storage.write_bytes(storage.join(folder, _READY), b"")
 
 
-def has_chunks(folder: str, count: int) -> bool:
-    """Whether all of so many chunks have been stored below a URL."""
-    return storage.exists(_chunk_file(folder, count - 1))
+def has_chunks(folder: str) -> bool:
+    """Whether all chunks are stored below a URL, and nothing of it has been deleted again."""
+    return storage.exists(storage.join(folder, _READY))
+
+
+def delete_chunks(folder: str) -> None:
+    """Delete what is below a URL; cut short, it leaves nothing that looks whole."""
+    storage.delete(storage.join(folder, _READY))
+    storage.delete(folder)
 
 
 def read_chunk(folder: str, number: int) -> list[Pair] | Shard:

@@ -1,12 +1,13 @@
 """Published labels to training ids: grey levels, palette indices, colours of a table, or arrays of MATLAB files."""
 
 import io
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.io import loadmat
+from scipy.io import loadmat, whosmat
 
 from pipeline import images
 from pipeline.dataset import IGNORE_LABEL
@@ -95,7 +96,12 @@ def _matlab_array(data: bytes, variable: str) -> np.ndarray:
     if not data:
         raise BadImage("empty", "the file has no bytes")
     try:
+        shapes = {name: shape for name, shape, _ in whosmat(io.BytesIO(data))}
+        if math.prod(shapes.get(variable, ())) > images.MAX_PIXELS:
+            raise BadImage("too_large", f"its array {variable} is {shapes[variable]}, more than is accepted")
         found = loadmat(io.BytesIO(data), variable_names=[variable])
+    except BadImage:
+        raise
     except Exception as error:  # scipy raises many classes on damaged data
         raise BadImage("damaged", f"damaged, or no MATLAB file ({type(error).__name__}: {str(error)[:120]})") from error
     array = found.get(variable)

@@ -5,7 +5,7 @@ A record that could not be read says why instead of having bytes; nothing is pas
 
 import collections
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.images import BadImage
-from pipeline.layouts import IMAGE_SUFFIXES, Pair, Shard
+from pipeline.layouts import CANONICAL, IMAGE_SUFFIXES, Pair, Shard
 
+MOST_BYTES = 2**30  # of a file in a tar shard
 FETCHED_AHEAD = 16  # pairs being read while others are decoded
 ROWS_TOGETHER = 32
 
@@ -25,6 +26,7 @@ ROWS_TOGETHER = 32
 LABEL_ENDINGS = ("label.png", "seg.png", "mask.png", "segmentation.png", "annotation.png")
 
 _TAR_BLOCK = 512
+_READ_TOGETHER = 2**20
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Record:
         label_uri: where the label came from, for messages.
         coding: which of the layout's codings the label has.
         fault: why the record cannot become a row.
+        is_shard: whether the fault is of a shard, of which more than this record may be lost.
     """
 
     image_id: str
@@ -48,6 +51,7 @@ class Record:
     label_uri: str = ""
     coding: str = ""
     fault: BadImage | None = None
+    is_shard: bool = False
 
 
 def read_pairs(pairs: Iterable[Pair]) -> Iterator[Record]:
@@ -85,7 +89,7 @@ def read_shard(shard: Shard, coding: str) -> Iterator[Record]:
 
 
 def _faulty(shard: Shard, reason: str, detail: str) -> Record:
-    return Record(shard.name, shard.split, shard.url, fault=BadImage(reason, detail))
+    return Record(shard.name, shard.split, shard.url, fault=BadImage(reason, detail), is_shard=True)
 
 
 def _is_damaged_parquet(url: str) -> bool:
@@ -119,30 +123,55 @@ def _fetched(url: str) -> bytes:
 
 def _read_tar(shard: Shard, coding: str) -> Iterator[Record]:
     with storage.open_input(shard.url) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
-        key, files = "", dict[str, bytes]()
+        key, files = "", list[tuple[str, bytes | BadImage]]()
         for member in archive:
             path = PurePosixPath(member.name.encode("utf-8", "backslashreplace").decode())  # names may be no UTF-8
-            if not member.isfile() or path.name.startswith("."):
+            if member.isdir() or path.name.startswith("."):
                 continue
             name, _, ending = path.name.partition(".")
             current = str(path.with_name(name))
             if current != key and files:
                 yield _sample(shard, key, files, coding)
-                files = {}
+                files = []
             key = current
-            content = archive.extractfile(member)
-            assert content is not None
-            files[ending.lower()] = content.read()
+            files.append((ending.lower(), _content(archive, member)))
         if files:
             yield _sample(shard, key, files, coding)
-        # tarfile takes damage between two files for the end; a whole archive ends with a block of zeros.
+        # tarfile takes damage between two files for the end; a whole archive ends with zeros.
         stream.seek(archive.offset)
-        if stream.read(_TAR_BLOCK) != bytes(_TAR_BLOCK):
-            raise tarfile.ReadError("the archive breaks off, or is damaged, before its end")
+        rest = stream.read(_TAR_BLOCK)
+        if len(rest) < _TAR_BLOCK:
+            raise tarfile.ReadError("the archive breaks off before its end")
+        while rest:
+            if any(rest):
+                raise tarfile.ReadError("the archive is damaged, or another follows its end")
+            rest = stream.read(_READ_TOGETHER)
 
 
-def _sample(shard: Shard, key: str, files: Mapping[str, bytes], coding: str) -> Record:
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | BadImage:
+    """A file's bytes, none of one that can be neither image nor label, or why they are not read."""
+    if not member.isreg() or member.issparse():
+        return BadImage("no_file", f"{member.name} is a link or the like: store the file itself")
+    if f".{member.name.lower().rpartition('.')[2]}" not in IMAGE_SUFFIXES:
+        return b""
+    if member.size > MOST_BYTES:
+        return BadImage("too_large", f"{member.name} has {member.size} bytes, more than the {MOST_BYTES} accepted")
+    content = archive.extractfile(member)
+    assert content is not None
+    return content.read()
+
+
+def _sample(shard: Shard, key: str, members: Sequence[tuple[str, bytes | BadImage]], coding: str) -> Record:
     record = Record(f"{shard.name}/{key}", shard.split, f"{shard.url}#{key}", coding=coding)
+    files: dict[str, bytes] = {}
+    for ending, content in members:
+        if isinstance(content, BadImage):
+            return replace(record, fault=content)
+        if ending in files:
+            return replace(
+                record, fault=BadImage("ambiguous", f"{key} has two files that end in .{ending}: remove one")
+            )
+        files[ending] = content
     labels = [ending for ending in files if ending in LABEL_ENDINGS]
     images = [ending for ending in files if f".{ending.rpartition('.')[2]}" in IMAGE_SUFFIXES and ending not in labels]
     if not labels and len(images) > 1 and "png" in images:
@@ -159,11 +188,15 @@ def _sample(shard: Shard, key: str, files: Mapping[str, bytes], coding: str) -> 
 
 def _read_parquet(shard: Shard, coding: str) -> Iterator[Record]:
     filesystem, path = storage.arrow_filesystem(shard.url)
-    with pq.ParquetFile(path, filesystem=filesystem) as file:
+    with pq.ParquetFile(path, filesystem=filesystem, buffer_size=_READ_TOGETHER) as file:
         names = file.schema_arrow.names
         if "image" not in names:
             said = ", ".join(names)
             yield _faulty(shard, "no_image", f"it has the columns {said}: name that of the encoded images `image`")
+            return
+        if "label" not in names and coding != CANONICAL:
+            said = ", ".join(names)
+            yield _faulty(shard, "no_label", f"it has the columns {said}: name that of the encoded labels `label`")
             return
         columns = [name for name in ("image", "label", "image_id", "source_uri") if name in names]
         number = 0
@@ -180,6 +213,8 @@ def _row(shard: Shard, number: int, row: Mapping[str, Any], coding: str) -> Reco
     image, label = _encoded(row["image"]), _encoded(row.get("label"))
     if image is None:
         return replace(record, fault=BadImage("no_image", f"row {number} of {shard.url} has no bytes of an image"))
+    if label is None and coding != CANONICAL:
+        return replace(record, fault=BadImage("no_label", f"row {number} of {shard.url} has no bytes of a label"))
     return replace(record, image=image, label=label)
 
 

@@ -1,6 +1,6 @@
 """A look at a source before it is ingested: what is there, what would be rejected, and how labels lie on images.
 
-Runs in the calling process, without Ray, on the listing and a sample of the images.
+Runs in the calling process, which starts no Ray, on the listing and a sample of the images.
 """
 
 import collections
@@ -36,7 +36,7 @@ def preview_source(config: IngestConfig) -> None:
         PipelineError: as `ingest`, and if none of the sample can be drawn.
     """
     config = checked_config(config)
-    layout, objects = selected_layout(config.source, config.layout, config.selection)
+    layout, _, others = selected_layout(config.source, config.layout, config.selection)
     tally, drawn = Tally(), list[Row]()
     num_classes = len(layout.classes) if layout.classes else 0
     for record in _sample(layout):
@@ -48,9 +48,8 @@ def preview_source(config: IngestConfig) -> None:
         tally.add_row(row)
         if len(drawn) < DRAWN:
             drawn.append(row)
-    for line in _findings(layout, tally):
+    for line in _findings(layout, tally, config.max_reject_fraction):
         announce(line)
-    others = layout.passed_over(objects)
     if others:
         announce(f"  {len(others)} other files are passed over, such as {storage.redacted(others[0])}")
     if config.preview:
@@ -71,7 +70,7 @@ def _sample(layout: Layout) -> Iterator[Record]:
             yield record
 
 
-def _findings(layout: Layout, tally: Tally) -> Iterator[str]:
+def _findings(layout: Layout, tally: Tally, most: float) -> Iterator[str]:
     read = tally.rows.total() + tally.rejected
     size = sum(pair.size for pair in layout.pairs) + sum(shard.size for shard in layout.shards)
     splits = collections.Counter(item.split for item in (*layout.pairs, *layout.shards))
@@ -87,16 +86,19 @@ def _findings(layout: Layout, tally: Tally) -> Iterator[str]:
         shares = [f"{layout.classes.names[i]} {100 * counts[i] / counts.sum():.1f} %" for i in present[:SHOWN_CLASSES]]
         more = f", and {len(present) - SHOWN_CLASSES} more" if len(present) > SHOWN_CLASSES else ""
         yield f"  {len(present)} of {len(layout.classes)} classes: {', '.join(shares)}{more}"
-    yield f"  {tally.rejected} would be rejected{_examples(tally.examples)}"
+    yield f"  {tally.rejected} would be rejected"
+    yield from _examples(tally.examples)
     if layout.rejects:
         reasons = collections.Counter(reject.reason for reject in layout.rejects)
         said = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
-        yield f"  {len(layout.rejects)} more are rejected by the listing alone ({said}){_examples(layout.rejects)}"
+        yield f"  {len(layout.rejects)} more are rejected by the listing alone ({said})"
+        yield from _examples(layout.rejects)
+    if tally.rejected > most * read or len(layout.rejects) > most * (len(layout.pairs) + len(layout.rejects)):
+        yield f"  that is more than --max_reject_fraction {most} allows: an ingest would fail"
 
 
-def _examples(rejects: Iterable[Reject]) -> str:
-    shown = [reject_text(reject) for reject in list(rejects)[:SHOWN]]
-    return f"; the first: {'; '.join(shown)}" if shown else ""
+def _examples(rejects: Iterable[Reject]) -> Iterator[str]:
+    yield from (f"    {reject_text(reject)}" for reject in list(rejects)[:SHOWN])
 
 
 def _range(counts: collections.Counter[int]) -> str:
@@ -114,7 +116,7 @@ def _contact_sheet(layout: Layout, rows: list[Row]) -> bytes:
     present: set[int] = set()
     for (left, right), row in zip(axes, rows, strict=False):
         left.imshow(_smaller(images.decode_photograph(row.values["image"]), Image.Resampling.BILINEAR))
-        left.set_title(row.values["image_id"], fontsize=8)
+        left.set_title(row.values["image_id"], fontsize=8, parse_math=False)
         if row.values["label"] is None or layout.classes is None:
             right.set_title("no label", fontsize=8)
             continue
@@ -130,7 +132,7 @@ def _contact_sheet(layout: Layout, rows: list[Row]) -> bytes:
         handles = [
             Patch(
                 facecolor="#{:02x}{:02x}{:02x}".format(*layout.classes.palette[index]),
-                label=layout.classes.names[index],
+                label=layout.classes.names[index].replace("$", r"\$"),
             )
             for index in sorted(present)
         ]

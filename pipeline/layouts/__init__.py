@@ -13,11 +13,12 @@ from pipeline import storage
 from pipeline.errors import PipelineError
 from pipeline.layouts import own, published
 from pipeline.layouts.classes import class_set
-from pipeline.layouts.layout import CLASSES_FILE, IMAGE_SUFFIXES, Layout, Pair, Reject, Shard
+from pipeline.layouts.layout import CANONICAL, CLASSES_FILE, IMAGE_SUFFIXES, Layout, Pair, Reject, Shard
 from pipeline.layouts.pairing import only_images
 
 __all__ = [
-    "CLASSES_FILE", "IMAGE_SUFFIXES", "LAYOUTS", "Layout", "Pair", "Reject", "Shard", "class_set", "read_layout",
+    "CANONICAL", "CLASSES_FILE", "IMAGE_SUFFIXES", "LAYOUTS", "Layout", "Pair", "Reject", "Shard", "class_set",
+    "read_layout",
 ]  # fmt: skip
 
 
@@ -29,11 +30,13 @@ class _Definition:
         tree: how it looks, for messages.
         marks: patterns of paths below the source; a tree that has a path for each of them is taken for this layout.
             Empty if it must be named.
+        has_own_classes: whether its classes may be those of a `classes.json`.
     """
 
     tree: str
     marks: tuple[str, ...]
     read: Callable[[str, list[storage.StoredObject]], Layout]
+    has_own_classes: bool = False
 
 
 # In the order in which trees are recognised.
@@ -44,8 +47,8 @@ LAYOUTS: Mapping[str, _Definition] = {
     "ade20k": _Definition(
         "images/{training,validation}/*.jpg with annotations/{training,validation}/*.png",
         (
-            r"(ADEChallengeData2016/)?images/(training|validation)/",
-            r"(ADEChallengeData2016/)?annotations/(training|validation)/",
+            r"(ADEChallengeData2016/)?images/(training|validation)/ADE_",
+            r"(ADEChallengeData2016/)?annotations/(training|validation)/ADE_",
         ),
         published.ade20k,
     ),
@@ -78,14 +81,18 @@ LAYOUTS: Mapping[str, _Definition] = {
         "JPEGImages/*.jpg with SegmentationClass/*.png and ImageSets/Segmentation/{train,val}.txt",
         (r"(VOCdevkit/)?(VOC\d+/)?JPEGImages/", r"(VOCdevkit/)?(VOC\d+/)?SegmentationClass/"),
         own.voc,
+        has_own_classes=True,
     ),
     "folders": _Definition(
         "images/<split>/* with labels/<split>/* of the same stem, and classes.json",
         (r"images/", r"labels/"),
         own.folders,
+        has_own_classes=True,
     ),
-    "webdataset": _Definition("*.tar shards, and classes.json", (r".*\.tar$",), own.webdataset),
-    "parquet": _Definition("*.parquet with columns image and label, and classes.json", (r".*\.parquet$",), own.parquet),
+    "webdataset": _Definition("*.tar shards, and classes.json", (r".*\.tar$",), own.webdataset, True),
+    "parquet": _Definition(
+        "*.parquet with columns image and label, and classes.json", (r".*\.parquet$",), own.parquet, True
+    ),
     "unlabelled": _Definition("images alone, nothing being named like a label", (), own.unlabelled),
 }
 
@@ -119,6 +126,8 @@ def _recognise(source: str, objects: list[storage.StoredObject]) -> str:
     paths = [item.url[prefix:] for item in objects]
     for name, definition in LAYOUTS.items():
         marks = [re.compile(mark) for mark in definition.marks]
+        if CLASSES_FILE in paths and not definition.has_own_classes:
+            continue  # a benchmark's classes are not the source's own
         if marks and all(any(mark.match(path) for path in paths) for mark in marks):
             return name
     named_like_labels = re.compile("annot|label|mask|segm|(?<![a-z])gt|gt(?![a-z])", re.IGNORECASE)

@@ -9,6 +9,7 @@ from pipeline.labels import LabelCoding
 from rssnet.classes import Classes
 
 CLASSES_FILE = "classes.json"
+CANONICAL = "canonical"  # the coding of a dataset that was made here, where what has no label is to have none
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 

@@ -6,12 +6,14 @@ from pathlib import PurePosixPath
 from pipeline import dataset, storage
 from pipeline.errors import PipelineError
 from pipeline.layouts.classes import class_set, own_classes, palette_coding
-from pipeline.layouts.layout import CLASSES_FILE, Layout, Shard
+from pipeline.layouts.layout import CANONICAL, CLASSES_FILE, Layout, Shard
 from pipeline.layouts.pairing import LABEL_SUFFIXES, Tree, by_name, only_images, pair_up, without_labels
 
 VOC_TOPS = tuple(f"{folder}VOC{year}" for year in range(2012, 2006, -1) for folder in ("VOCdevkit/", ""))
 VOC_VOID = (224, 224, 192)
 UNLABELLED_SPLIT = "all"
+NO_SPLITS = ("data", "default")
+USUAL_SPLITS = ("train", "val", "validation", "test")
 
 # `train` of train.parquet, train-00000-of-00004.parquet or train_012.tar
 _SPLIT_OF_NAME = re.compile(r"(?P<split>[A-Za-z][A-Za-z0-9]*?)(?:[-_.]?\d[-_.\w]*)?")
@@ -42,17 +44,17 @@ def voc(source: str, objects: list[storage.StoredObject]) -> Layout:
     labels = by_name(layout, "", tree.below("SegmentationClass", LABEL_SUFFIXES))
     lists = "ImageSets/Segmentation"
     splits = [name.removesuffix(".txt") for name in sorted(tree.below(lists, (".txt",)))]
-    if "train" in splits and "val" in splits:
-        splits = [split for split in splits if split != "trainval"]  # the two together
+    if "train" in splits or "val" in splits:  # others, such as trainval and trainaug, name the same images again
+        splits = [split for split in splits if split in ("train", "val", "test")]
     if not splits:
         raise PipelineError(f"The layout voc needs lists of names like {source}/{tree.top}{lists}/train.txt: add them.")
     for split in splits:
         _require_split_name(source, split)
         listed = tree.lines(layout, f"{lists}/{split}.txt") or []
-        if any(name in labels for name in listed):
+        if split == "test" and not any(name in labels for name in listed):  # VOC 2012 keeps them to itself
+            without_labels(layout, split, images, listed)
+        else:
             pair_up(layout, split, images, labels, listed=listed)
-        else:  # VOC 2012 keeps the labels of its test split to itself
-            without_labels(layout, split, {name: images[name] for name in dict.fromkeys(listed) if name in images})
     return layout
 
 
@@ -60,10 +62,11 @@ def parquet(source: str, objects: list[storage.StoredObject]) -> Layout:
     """Parquet files with the columns `image` and `label` of encoded bytes: a canonical dataset, or another's."""
     if dataset.INFO_FILE in Tree(source, objects).objects:
         classes = dataset.open(source).classes
-        coding = palette_coding(classes)
+        name, coding = CANONICAL, palette_coding(classes)
     else:
+        name = "values"
         classes, coding = own_classes(source, "parquet")
-    layout = Layout("parquet", classes, {"values": coding})
+    layout = Layout("parquet", classes, {name: coding})
     layout.used.add(storage.join(source, dataset.INFO_FILE))
     _add_shards(layout, source, objects, ".parquet")
     return layout
@@ -85,21 +88,35 @@ def unlabelled(source: str, objects: list[storage.StoredObject]) -> Layout:
 
 
 def _add_shards(layout: Layout, source: str, objects: list[storage.StoredObject], suffix: str) -> None:
-    """Files of a suffix; their split is the first folder that they lie in or, at the top, the word they begin with.
-
-    A folder `data` is the top too, as on the Hugging Face hub.
-    """
+    """Files of a suffix, in the splits that their paths name."""
     for path, item in Tree(source, objects).objects.items():
-        parts = PurePosixPath(path.removeprefix("data/")).parts
-        if not path.lower().endswith(suffix) or parts[0].startswith("_"):
+        if not path.lower().endswith(suffix) or path.startswith("_"):
             continue
-        if len(parts) > 1:
-            split = parts[0]
-        else:
-            match = _SPLIT_OF_NAME.fullmatch(PurePosixPath(path).stem)
-            split = match["split"] if match else "all"
+        split = _shard_split(source, path)
         _require_split_name(source, split)
         layout.shards.append(Shard(PurePosixPath(path).with_suffix("").as_posix(), split, item.url, item.size))
+
+
+def _shard_split(source: str, path: str) -> str:
+    """The split that a shard's path names.
+
+    That is the first folder, but for those of the Hugging Face hub that are no split; else a usual name of a split
+    in the file's name, else the word that it begins with.
+    """
+    *folders, file = PurePosixPath(path).parts
+    if folders and folders[0] not in NO_SPLITS:
+        return folders[0]
+    stem = PurePosixPath(file).stem
+    usual = [word for word in re.split(r"[-_.]", stem) if word in USUAL_SPLITS]
+    if usual:
+        return usual[0]
+    match = _SPLIT_OF_NAME.fullmatch(stem)
+    if not match:
+        raise PipelineError(
+            f"{source}: the name of {path} tells no split: begin it with one, as in train-000, or put it in a folder "
+            "that is named after one."
+        )
+    return match["split"]
 
 
 def _require_split_name(source: str, split: str) -> None:

@@ -1,5 +1,6 @@
 """Matching images and labels by name, for layouts that keep them in folders of their own."""
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 from typing import TypeVar
@@ -40,13 +41,13 @@ class Tree:
         return sorted({path.partition("/")[0] for path in self.below(within) if "/" in path})
 
     def lines(self, layout: Layout, path: str) -> list[str] | None:
-        """The lines of a text file that the layout has, its first word each, or None if there is none."""
+        """The names in a list of the layout, one a line, without VOC's flags behind them; None if it is not there."""
         item = self.objects.get(f"{self.top}{path}")
         if item is None:
             return None
         layout.used.add(item.url)
         text = storage.read_bytes(item.url).decode("utf-8-sig", errors="replace")
-        return [line.split()[0] for line in text.splitlines() if line.strip()]
+        return [re.sub(r"\s+-?[01]$", "", line.strip()) for line in text.splitlines() if line.strip()]
 
 
 def by_name(
@@ -93,8 +94,7 @@ def pair_up(
     for name in images if listed is None else dict.fromkeys(listed):
         image, label = images.get(name), labels.get(name)
         if image is None:
-            detail = f"the list of {split} names {name}, of which there is no image: add it, or mend the list"
-            layout.rejects.append(Reject(f"{split}/{name}", split, "no_image", detail))
+            layout.rejects.append(_listed_in_vain(split, name))
         elif label is None:
             detail = f"no label named {name}: add it, or remove the image"
             layout.rejects.append(Reject(image.url, split, "no_label", detail))
@@ -102,10 +102,20 @@ def pair_up(
             layout.pairs.append(Pair(f"{split}/{name}", split, image.url, label.url, coding, image.size))
 
 
-def without_labels(layout: Layout, split: str, images: Mapping[str, storage.StoredObject]) -> None:
-    """Adds images of a split that has no labels, by their names."""
-    for name, image in images.items():
-        layout.pairs.append(Pair(f"{split}/{name}", split, image.url, None, "", image.size))
+def without_labels(
+    layout: Layout, split: str, images: Mapping[str, storage.StoredObject], listed: Iterable[str] | None = None
+) -> None:
+    """Adds images of a split that has no labels, by their names, or those of them that a list names."""
+    for name in images if listed is None else dict.fromkeys(listed):
+        if name in images:
+            layout.pairs.append(Pair(f"{split}/{name}", split, images[name].url, None, "", images[name].size))
+        else:
+            layout.rejects.append(_listed_in_vain(split, name))
+
+
+def _listed_in_vain(split: str, name: str) -> Reject:
+    detail = f"the list of {split} names {name}, of which there is no image: add it, or mend the list"
+    return Reject(f"{split}/{name}", split, "no_image", detail)
 
 
 def only_images(objects: Mapping[str, Item]) -> dict[str, Item]:

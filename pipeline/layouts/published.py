@@ -93,12 +93,13 @@ def _pascal_context(
         "raw.mat": LabelCoding(raw, variable="LabelMap"),
     }
     layout = Layout(name, class_set(classes), codings)
-    tree = Tree(source, objects, PASCAL_CONTEXT_TOPS)
+    tree, unpacked_beside = Tree(source, objects, PASCAL_CONTEXT_TOPS), Tree(source, objects)
     images = by_name(layout, "", only_images(tree.below("JPEGImages")))
     kinds = {
         "converted": tree.below("SegmentationClassContext", LABEL_SUFFIXES),
-        "raw.png": tree.below("trainval", LABEL_SUFFIXES),
-        "raw.mat": tree.below("SegmentationClassContext", (".mat",)) | tree.below("trainval", (".mat",)),
+        "raw.png": (tree.below("trainval", LABEL_SUFFIXES) or unpacked_beside.below("trainval", LABEL_SUFFIXES)),
+        "raw.mat": tree.below("SegmentationClassContext", (".mat",))
+        | (tree.below("trainval", (".mat",)) or unpacked_beside.below("trainval", (".mat",))),
     }
     coding = next((kind for kind, found in kinds.items() if found), "converted")
     labels = by_name(layout, "", kinds[coding])

@@ -8,6 +8,7 @@ the disk. Both ways start with their libraries imported and, for the pipeline, i
 """
 
 import argparse
+import collections
 import io
 import json
 import os
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,7 +33,7 @@ from pipeline.images import encode_png
 from pipeline.ingest import IngestConfig, ingest
 from pipeline.inventory import Selection, selected_layout
 from pipeline.local_s3 import LocalS3
-from pipeline.parquet_sink import BufferedParquet
+from pipeline.parquet_sink import ROW_GROUP_ROWS, BufferedParquet
 from pipeline.records import Record
 from tests.benchmarks.machine import describe, results_file
 
@@ -58,16 +60,23 @@ def write_generated(url: str, count: int) -> None:
 def plain(source: str, target: str) -> dict[str, float]:
     """One process, one image after the other."""
     started = time.perf_counter()
-    layout, _ = selected_layout(source, "auto", Selection())
+    layout, _, _ = selected_layout(source, "auto", Selection())
     assert layout.classes
     files: dict[str, BufferedParquet] = {}
+    waiting: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
     for pair in layout.pairs:
         assert pair.label_url
         image, label = storage.read_bytes(pair.image_url), storage.read_bytes(pair.label_url)
         record = Record(pair.image_id, pair.split, pair.image_url, image, label, pair.label_url, pair.coding)
         row = checked(record, layout.codings, len(layout.classes))
-        file = files.setdefault(row.split, BufferedParquet(dataset.SCHEMA))
-        file.write(pa.Table.from_pylist([row.values], schema=dataset.SCHEMA))
+        waiting[row.split].append(row.values)
+        if len(waiting[row.split]) == ROW_GROUP_ROWS:
+            file = files.setdefault(row.split, BufferedParquet(dataset.SCHEMA))
+            file.write(pa.Table.from_pylist(waiting.pop(row.split), schema=dataset.SCHEMA))
+    for split, rows in waiting.items():
+        files.setdefault(split, BufferedParquet(dataset.SCHEMA)).write(
+            pa.Table.from_pylist(rows, schema=dataset.SCHEMA)
+        )
     for split, file in files.items():
         file.store(storage.join(target, f"{split}.parquet"))
     return {"images": len(layout.pairs), "seconds": time.perf_counter() - started}

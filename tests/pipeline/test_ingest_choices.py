@@ -1,5 +1,6 @@
 """What of a source is ingested, and into which split; images without labels; shards; duplicates; sizes."""
 
+import dataclasses
 import io
 import tarfile
 from pathlib import Path
@@ -52,13 +53,13 @@ def shard(samples: dict[str, dict[str, bytes]]) -> bytes:
 def test_only_the_splits_asked_for_are_ingested(tmp_path: Path) -> None:
     write_source(str(tmp_path / "source"), pairs=2, splits=("train", "val", "night"))
     url = str(tmp_path / "set")
-    ingest(IngestConfig(str(tmp_path / "source"), url, splits=["night", "val"]))
+    ingest(IngestConfig(str(tmp_path / "source"), url, splits="night,val"))
     assert ids(url) == {"night": ["night/00", "night/01"], "val": ["val/00", "val/01"]}
 
 
 def test_a_split_that_is_not_there_is_answered_with_those_that_are(tmp_path: Path) -> None:
     write_source(str(tmp_path / "source"), pairs=1)
-    config = IngestConfig(str(tmp_path / "source"), str(tmp_path / "set"), splits=["test"])
+    config = IngestConfig(str(tmp_path / "source"), str(tmp_path / "set"), splits="test")
     assert "has no split test: choose of train, val, or leave out --splits" in refused(config)
 
 
@@ -73,6 +74,13 @@ def test_a_share_of_train_becomes_val_and_an_image_stays_where_it_is_when_others
     assert 2 <= len(before["val"]) <= 11
     assert set(before["val"]) <= set(after["val"])
     assert set(before["train"]) <= set(after["train"])
+
+
+def test_another_share_is_another_dataset(tmp_path: Path) -> None:
+    write_source(str(tmp_path / "source"), pairs=16, splits=("train",))
+    urls = {share: str(tmp_path / f"set{share}") for share in (0.2, 0.6)}
+    records = [ingest(IngestConfig(str(tmp_path / "source"), url, val_fraction=share)) for share, url in urls.items()]
+    assert records[0].results["fingerprint"] != records[1].results["fingerprint"]
 
 
 def test_val_is_not_divided_from_train_where_it_is_there_already(tmp_path: Path) -> None:
@@ -151,7 +159,9 @@ def test_what_stands_before_the_damage_of_a_shard_is_kept_and_the_damage_is_a_re
     }[damage]
     storage.write_bytes(str(tmp_path / "shards/train.tar"), broken)
     url = str(tmp_path / "set")
-    record = ingest(IngestConfig(str(tmp_path / "shards"), url, max_reject_fraction=0.5))
+    config = IngestConfig(str(tmp_path / "shards"), url, max_reject_fraction=0.5)
+    assert "1 of 1 shards cannot be read to their end" in refused(config)
+    record = ingest(dataclasses.replace(config, max_reject_fraction=1.0))
     assert record.counts["rejected"] == 1
     assert {"train/a", "train/b"} <= set(ids(url)["train"])
     (reject,) = reject_rows(url)
@@ -202,6 +212,40 @@ def test_parquet_from_elsewhere_may_nest_its_bytes_and_lack_ids(tmp_path: Path) 
     assert record.counts == {"in": 4, "out": 3, "rejected": 1}
     assert ids(url) == {"train": [f"train-00000-of-00001/{n}" for n in range(3)]}
     assert [row["reason"] for row in reject_rows(url)] == ["no_image"]
+
+
+@pytest.mark.parametrize("column", ["annotation", "label"])
+def test_parquet_in_which_labels_cannot_be_found_is_refused_and_not_unlabelled(tmp_path: Path, column: str) -> None:
+    storage.write_json(str(tmp_path / "source/classes.json"), CLASSES)
+    rows = [{"image": photograph(n), column: 3 if column == "label" else b""} for n in range(3)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "source/train-0.parquet")
+    assert "no_label" in refused(IngestConfig(str(tmp_path / "source"), str(tmp_path / "set"), max_reject_fraction=0.5))
+
+
+def test_links_in_a_shard_and_files_of_one_ending_are_rejects(tmp_path: Path) -> None:
+    storage.write_json(str(tmp_path / "shards/classes.json"), CLASSES)
+    label, buffer = encode_png(label_values(1)), io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, data in (("a.jpg", photograph(1)), ("a.png", label), ("b.jpg", photograph(2)), ("b.JPG", label)):
+            add_to_tar(archive, name, data)
+        add_to_tar(archive, "b.png", label)
+        linked = tarfile.TarInfo("c.jpg")
+        linked.type, linked.linkname = tarfile.LNKTYPE, "a.jpg"
+        archive.addfile(linked)
+        add_to_tar(archive, "c.png", label)
+    storage.write_bytes(str(tmp_path / "shards/train.tar"), buffer.getvalue())
+    url = str(tmp_path / "set")
+    assert ingest(IngestConfig(str(tmp_path / "shards"), url, max_reject_fraction=0.9)).counts["out"] == 1
+    reasons = {row["source_uri"].rpartition("#")[2]: row["reason"] for row in reject_rows(url)}
+    assert reasons == {"b": "ambiguous", "c": "no_file"}
+
+
+def test_an_archive_behind_another_is_not_passed_over(tmp_path: Path) -> None:
+    storage.write_json(str(tmp_path / "shards/classes.json"), CLASSES)
+    parts = [shard({key: {"jpg": photograph(1), "png": encode_png(label_values(1))}}) for key in "ab"]
+    storage.write_bytes(str(tmp_path / "shards/train.tar"), b"".join(parts))
+    message = refused(IngestConfig(str(tmp_path / "shards"), str(tmp_path / "set"), max_reject_fraction=0.5))
+    assert "or another follows its end" in message
 
 
 def test_an_id_that_two_shards_share_is_refused_by_name(tmp_path: Path) -> None:

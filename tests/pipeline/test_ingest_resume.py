@@ -135,8 +135,8 @@ def test_a_killed_ingest_is_completed_by_the_next(
     # One chunk's files are there, but not the note that says that they are whole.
     *noted, doubtful = killed.notes()
     doubtful.unlink()
-    kept = {next(Path(killed.url).glob(f"*/part-{note.stem}.parquet")) for note in noted}
-    replaced = next(Path(killed.url).glob(f"*/part-{doubtful.stem}.parquet"))
+    kept = {next(Path(killed.url).glob(f"*/part-*-{note.stem}.parquet")) for note in noted}
+    replaced = next(Path(killed.url).glob(f"*/part-*-{doubtful.stem}.parquet"))
     replaced.write_bytes(b"half")
     before = {path: path.stat().st_mtime_ns for path in kept}
 
@@ -175,7 +175,7 @@ def test_a_source_that_has_changed_since_the_kill_is_read_anew(
 def test_another_configuration_after_a_kill_starts_over(
     killed: Killed, undisturbed: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    record = ingest(IngestConfig(str(killed.source), killed.url, splits=["val"], max_reject_fraction=0.5))
+    record = ingest(IngestConfig(str(killed.source), killed.url, splits="val", max_reject_fraction=0.5))
     assert GOES_ON not in capsys.readouterr().out
     assert record.counts == {"in": PAIRS, "out": PAIRS, "rejected": 0}
     assert ids(killed.url) == [name for name in ids(undisturbed) if name.startswith("val/")]
@@ -196,7 +196,7 @@ def test_a_kill_before_anything_was_planned_leaves_nothing_to_go_on_with(
 def test_new_starts_over_though_there_is_something_to_go_on_with(
     killed: Killed, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ingest(IngestConfig(str(killed.source), killed.url, splits=["val"], limit=2, new=True))
+    ingest(IngestConfig(str(killed.source), killed.url, splits="val", limit=2, new=True))
     assert GOES_ON not in capsys.readouterr().out
     assert len(ids(killed.url)) == 2
     assert_nothing_stale(killed.url)

@@ -209,7 +209,7 @@ def test_a_key_that_the_client_would_misread_is_a_reject(bucket: str) -> None:
     client = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
     key = f"{bucket.removeprefix('s3://test/')}/images/val/00?versionId=1.png"
     client.put_object(Bucket="test", Key=key, Body=photograph(1))
-    layout, _ = selected_layout(bucket, "folders", Selection())
+    layout, _, _ = selected_layout(bucket, "folders", Selection())
     assert len(layout.pairs) == 4
     assert [(reject.source_uri, reject.reason) for reject in layout.rejects] == [(f"s3://test/{key}", "bad_name")]
 

@@ -300,9 +300,9 @@ def test_the_place_of_a_missing_list_has_the_folder_of_the_archive(tmp_path: Pat
     ("lists", "expected"),
     [
         (("train", "val", "trainval"), {"train", "val"}),
-        (("train", "trainval"), {"train", "trainval"}),
+        (("train", "trainaug"), {"train"}),
         (("trainval",), {"trainval"}),
-        (("night", "val"), {"night", "val"}),
+        (("night", "rain"), {"night", "rain"}),
     ],
 )
 def test_voc_has_the_splits_of_its_lists_and_no_image_twice_by_trainval(lists, expected: set[str], tree) -> None:
@@ -459,8 +459,9 @@ def test_files_that_are_no_images_are_passed_over() -> None:
         ("val_012.{}", "val"),
         ("test2017.{}", "test"),
         ("val.0.{}", "val"),
-        ("00017.{}", "all"),
-        ("my-photos.{}", "all"),
+        ("cityscapes-train-000.{}", "train"),
+        ("data/validation-00000-of-00001.{}", "validation"),
+        ("default/test-0000.{}", "test"),
         ("val/part-0.{}", "val"),
         ("night/deeper/train-0.{}", "night"),
         ("TRAIN-0.{}", "TRAIN"),
@@ -472,6 +473,24 @@ def test_the_split_of_a_shard_is_its_folder_or_what_its_name_begins_with(kind: s
     assert layout.name == {"parquet": "parquet", "tar": "webdataset"}[kind]
     assert splits(layout) == {split: {path.removesuffix(".{}")}}
     assert layout.codings["values"].values == {0: 0, 1: 1, 2: 2, 255: IGNORE_LABEL}
+
+
+@pytest.mark.parametrize("path", ["00017.tar", "my-photos.parquet", "training_set.tar"])
+def test_a_shard_whose_name_tells_no_split_is_refused(path: str, folders) -> None:
+    with pytest.raises(PipelineError, match=f"the name of {path} tells no split: begin it with one, as in train-000"):
+        folders(path, layout="auto")
+
+
+def test_a_tree_with_classes_of_its_own_is_no_benchmark(folders) -> None:
+    tree = ("images/training/ADE_train_1.jpg", "annotations/training/ADE_train_1.png")
+    with pytest.raises(PipelineError, match="is none of the known layouts"):
+        folders(*tree, layout="auto")
+
+
+def test_a_tree_like_ade20ks_with_other_names_is_not_taken_for_it() -> None:
+    paths = ["images/training/21.png", "annotations/training/21.png"]
+    with pytest.raises(PipelineError, match="is none of the known layouts"):
+        read_layout("auto", SOURCE, listing(paths))
 
 
 def test_shards_in_a_folder_named_data_have_their_splits_by_name(folders) -> None:
@@ -514,7 +533,7 @@ def test_a_canonical_dataset_is_read_as_parquet_with_the_classes_that_it_has(tmp
     assert layout.name == "parquet"
     assert layout.classes is not None
     assert layout.classes.names == ("road", "car", "sky")
-    assert layout.codings["values"].values == {0: 0, 1: 1, 2: 2, 255: IGNORE_LABEL}
+    assert layout.codings["canonical"].values == {0: 0, 1: 1, 2: 2, 255: IGNORE_LABEL}
     assert splits(layout) == {"train": {"train/0"}, "val": {"val/0"}}
     assert passed_over(layout, objects, tmp_path) == {"_rejects/part-0.parquet"}
 

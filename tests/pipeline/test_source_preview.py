@@ -23,7 +23,8 @@ def test_the_findings_name_splits_classes_sizes_and_what_would_be_rejected(tmp_p
     assert "of 16 that were read" in said
     assert "16 wide, 12 high" in said
     assert "3 of 3 classes: " in said
-    assert "8 would be rejected; the first: " in said
+    assert "8 would be rejected\n    /" in said
+    assert "more than --max_reject_fraction 0.01 allows: an ingest would fail" in said
     assert "2 more are rejected by the listing alone (no_image 1, no_label 1)" in said
     assert "1 other files are passed over, such as" in said
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
