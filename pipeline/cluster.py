@@ -84,9 +84,27 @@ def connected() -> Iterator[None]:
     Raises:
         PipelineError: if RAY_ADDRESS is set but no cluster answers there.
     """
+    if ray.is_initialized():
+        _quiet_data()
+        yield
+        return
+    connect()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def connect() -> None:
+    """Join the cluster at RAY_ADDRESS, or start a local Ray, if this process is not connected yet.
+
+    Never the one whose address another process has left on this machine, which may long be gone.
+
+    Raises:
+        PipelineError: if RAY_ADDRESS is set but no cluster answers there.
+    """
     _quiet_data()
     if ray.is_initialized():
-        yield
         return
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     address = os.environ.get("RAY_ADDRESS")
@@ -118,10 +136,6 @@ def connected() -> Iterator[None]:
             ) from error
     for name in ("ray.train", "ray.tune", "ray.air"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # the stages say what they do and what went wrong
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _first_line(error: Exception) -> str:

@@ -15,7 +15,7 @@ import torch
 import torch.utils.data
 
 from pipeline import images, storage
-from pipeline.cluster import IO_TASK_CPUS
+from pipeline.cluster import IO_TASK_CPUS, connect
 from pipeline.errors import PipelineError
 from rssnet.classes import Classes
 
@@ -156,11 +156,12 @@ class SegmentationDataset:
         return TorchSplit(self, name)
 
     def ray(self, name: str, columns: Sequence[str] | None = None) -> ray.data.Dataset:
-        """The split as a Ray dataset, in blocks of one row group.
+        """The split as a Ray dataset, in blocks of one row group; connects to Ray where nobody has yet.
 
         Not `ray.data.read_parquet`: its tasks ask for a whole CPU each to wait for storage, and may make one block of
         many files, which then a single worker gets.
         """
+        connect()
         chunks = pa.Table.from_pylist([dataclasses.asdict(chunk) for chunk in self.chunks(name)])
         reader = _ChunkReader(tuple(columns) if columns else None)
         listed = ray.data.from_arrow([chunks.slice(index, 1) for index in range(chunks.num_rows)])

@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline import dataset, storage
 from pipeline import ingest as stage
 from pipeline.dataset import SCHEMA
-from pipeline.images import decode_label, encode_png
+from pipeline.images import decode_label, decode_photograph, encode_png
 from pipeline.ingest import IngestConfig, ingest
 from pipeline.inventory import Cut
 from pipeline.run_record import RunRecord, read_record
@@ -92,6 +92,20 @@ def test_a_photograph_counts_as_it_is_shown(ingested: _Ingested) -> None:
     row = ingested.row("train/portrait")
     assert (row["height"], row["width"]) == (WIDTH, HEIGHT)
     assert decode_label(row["label"]).shape == (WIDTH, HEIGHT)
+
+
+def test_the_split_is_a_plain_pytorch_dataset_of_pixels_and_training_ids(ingested: _Ingested) -> None:
+    data = dataset.open(ingested.url)
+    items = data.torch("train")
+    rows = list(data.rows("train"))
+    assert len(items) == len(rows) > 1
+    for item, row in zip((items[index] for index in range(len(items))), rows, strict=True):
+        assert item["image_id"] == row["image_id"]
+        assert item["image"].shape == (3, row["height"], row["width"])
+        np.testing.assert_array_equal(item["image"].permute(1, 2, 0).numpy(), decode_photograph(row["image"]))
+        np.testing.assert_array_equal(item["label"].numpy(), decode_label(row["label"]))
+    with pytest.raises(IndexError, match=f"no image {len(rows)} of {len(rows)}"):
+        items[len(rows)]
 
 
 def test_counts_add_up(ingested: _Ingested) -> None:
