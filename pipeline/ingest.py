@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray.data
-from ray.exceptions import RayTaskError
+from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
 
 from pipeline import dataset, storage
 from pipeline.cluster import connected
@@ -36,6 +36,7 @@ from pipeline.run_record import (
 )
 
 CUT = Cut()
+CHUNK_RETRIES = 5
 NOTES_FOLDER = "_ingest"  # while the ingest is unfinished
 
 _DUPLICATES_SCHEMA = pa.schema([(name, pa.string()) for name in ("image_id", "split", "first_id", "first_split")])
@@ -185,8 +186,16 @@ def _convert(config: IngestConfig, inventory: Inventory, notes: str) -> Tally:
             reporter=progress.reporter,
         )
         chunks = ray.data.from_arrow(numbers).repartition(target_num_rows_per_block=1)
-        for row in chunks.map_batches(converter, batch_size=1, batch_format="pyarrow", num_cpus=1).iter_rows():
-            tally.add(Tally.from_json(row["tally"]))
+        # A chunk that its worker does not survive would otherwise be tried for ever.
+        options: dict[str, Any] = {"num_cpus": 1, "max_retries": CHUNK_RETRIES}
+        try:
+            for row in chunks.map_batches(converter, batch_size=1, batch_format="pyarrow", **options).iter_rows():
+                tally.add(Tally.from_json(row["tally"]))
+        except (WorkerCrashedError, OutOfMemoryError) as error:
+            raise PipelineError(
+                f"A worker has died {CHUNK_RETRIES + 1} times while it converted some images of {config.source}, as it "
+                "does where memory runs out: give it a machine with more for each CPU, and run again to go on."
+            ) from error
     return tally
 
 
@@ -272,7 +281,7 @@ def _write_duplicates(url: str, notes: str, rows: int) -> dict[str, int]:
     Runs on a worker, which holds an id and a digest of every image: about 1 GB for ten million.
 
     Raises:
-        PipelineError: if an image_id is there more than once; shards from elsewhere may bring any.
+        PipelineError: if an image_id is there more than once.
     """
     filesystem, path = storage.arrow_filesystem(notes)
     places = [f"{path}/{item.url.rpartition('/')[2]}" for item in storage.list_objects(notes)]
@@ -281,12 +290,7 @@ def _write_duplicates(url: str, notes: str, rows: int) -> dict[str, int]:
     table = pa.concat_tables(contents).sort_by([("split", "ascending"), ("image_id", "ascending")])
     if table.num_rows != rows:
         raise AssertionError(f"the notes tell of {table.num_rows} rows, not of {rows}")
-    ids = table.group_by("image_id").aggregate([([], "count_all")]).filter(pc.field("count_all") > 1)
-    if ids.num_rows:
-        raise PipelineError(
-            f"{ids.num_rows} values of image_id are there more than once, such as {ids['image_id'][0].as_py()!r}: "
-            "make them unique in the source, or leave the column out."
-        )
+    _require_unique_ids(table)
     firsts = table.group_by("content", use_threads=False).aggregate([("image_id", "first"), ("split", "first")])
     joined = table.join(firsts, "content").filter(pc.field("image_id") != pc.field("image_id_first"))
     joined = joined.select(["image_id", "split", "image_id_first", "split_first"]).rename_columns(
@@ -297,6 +301,16 @@ def _write_duplicates(url: str, notes: str, rows: int) -> dict[str, int]:
         write_table(storage.join(url, dataset.DUPLICATES_FOLDER, "part-000000.parquet"), ordered)
     across = joined.filter(pc.field("split") != pc.field("first_split"))
     return {"images": joined.num_rows, "across_splits": across.num_rows}
+
+
+def _require_unique_ids(table: pa.Table) -> None:
+    """Refuse ids that are there more than once; shards from elsewhere may bring any."""
+    ids = table.group_by("image_id").aggregate([([], "count_all")]).filter(pc.field("count_all") > 1)
+    if ids.num_rows:
+        raise PipelineError(
+            f"{ids.num_rows} values of image_id are there more than once, such as {ids['image_id'][0].as_py()!r}: "
+            "make them unique in the source, or leave the column out."
+        )
 
 
 def _fingerprint(digest: int, inventory: Inventory) -> str:

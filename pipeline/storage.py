@@ -3,9 +3,10 @@
 A place is `s3://bucket/key`, `gs://bucket/key`, `file:///path` or a plain path. Keys are taken literally: `%`, `#`,
 `?`, `+` and blanks are part of the name and are never decoded.
 
-Bulk bytes (Parquet, checkpoints) go through pyarrow's filesystems (`arrow_filesystem`), which Ray retries best. Small
-control files and listings with ETags go through fsspec. Credentials and endpoints come from the environment
-(`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, ...) or the cloud's identity.
+What is read in parts (Parquet) and what Ray stores itself (checkpoints) goes through pyarrow's filesystems
+(`arrow_filesystem`), which Ray retries best. Whole objects (images, files written in one step) and listings with ETags
+go through fsspec. Credentials and endpoints come from the environment (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, ...) or
+the cloud's identity.
 """
 
 import contextlib

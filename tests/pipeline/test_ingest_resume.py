@@ -9,15 +9,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import ray
 
 from pipeline import dataset, storage
 from pipeline import ingest as stage
+from pipeline.conversion import ChunkConverter
 from pipeline.ingest import IngestConfig, ingest
 from pipeline.inventory import Cut
 from pipeline.run_record import read_record
-from tests.pipeline.labelled_source import REPOSITORY, photograph, reject_rows, write_source
+from tests.pipeline.labelled_source import REPOSITORY, photograph, refused, reject_rows, write_source
 
 PAIRS = 20  # in each of two splits
 GOES_ON = "  going on where an earlier run was stopped\n"
@@ -25,6 +27,7 @@ GOES_ON = "  going on where an earlier run was stopped\n"
 _KILLED = """
 import sys
 from pipeline import ingest as stage
+from pipeline.conversion import ChunkConverter
 from pipeline.inventory import Cut
 stage.CUT = Cut(most_images=1)
 stage.ingest(stage.IngestConfig(sys.argv[1], sys.argv[2], max_reject_fraction=0.5))
@@ -200,3 +203,21 @@ def test_new_starts_over_though_there_is_something_to_go_on_with(
     assert GOES_ON not in capsys.readouterr().out
     assert len(ids(killed.url)) == 2
     assert_nothing_stale(killed.url)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_worker_that_dies_of_its_chunk_ends_the_ingest_which_can_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Fatal(ChunkConverter):
+        def __call__(self, batch: pa.Table) -> pa.Table:  # noqa: ARG002
+            os._exit(1)
+
+    write_source(str(tmp_path / "source"), pairs=2)
+    config = IngestConfig(str(tmp_path / "source"), str(tmp_path / "set"))
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "CHUNK_RETRIES", 0)
+        patch.setattr(stage, "ChunkConverter", Fatal)
+        assert "A worker has died 1 times while it converted some images of" in refused(config)
+    assert ingest(config).counts == {"in": 4, "out": 4, "rejected": 0}
+    assert GOES_ON in capsys.readouterr().out
