@@ -7,15 +7,17 @@ import duckdb
 import pytest
 import torch
 
+from pipeline import dataset
 from pipeline.command_line import parse, parser_for
 from pipeline.end_to_end import EndToEndConfig
 from pipeline.evaluation import EvaluateConfig
-from pipeline.ingest import IngestConfig
+from pipeline.ingest import IngestConfig, ingest
 from pipeline.segmentation import SegmentConfig, segment
 from pipeline.street_scenes import write_street_scenes
 from pipeline.sweep import SweepConfig
 from pipeline.training import TrainConfig
 from rssnet import RSSNet, RSSNetConfig
+from tests.pipeline.labelled_source import HEIGHT, WIDTH, write_source
 
 README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
 MASKS = "demo-output/s3/street-scenes/results/segment"
@@ -55,7 +57,7 @@ def test_the_line_of_sql_reads_the_masks(masks: str) -> None:
 
 
 def test_the_python_blocks_run(masks: str, capsys: pytest.CaptureFixture[str]) -> None:
-    job, reading, model = blocks("python")
+    job, _, reading, model = blocks("python")
     compile(job, "README", "exec")  # its places are the reader's own
     exec(reading.replace(MASKS, masks), {})
     assert len(capsys.readouterr().out.strip().splitlines()) == 3
@@ -66,8 +68,23 @@ def test_the_python_blocks_run(masks: str, capsys: pytest.CaptureFixture[str]) -
     assert logits.shape == (1, 11, 48, 64)
 
 
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_dataset_opens_in_three_ways(tmp_path: Path) -> None:
+    write_source(str(tmp_path / "source"), pairs=2)
+    ingest(IngestConfig(str(tmp_path / "source"), str(tmp_path / "set")))
+    _, opening, *_ = blocks("python")
+    as_ray, as_arrow, as_torch = re.findall(r"data\.\w+\(\"\w+\"\)(?:\[0\])?", opening)
+    data = dataset.open(str(tmp_path / "set"))
+    assert eval(as_ray, {"data": data}).count() == 2
+    assert eval(as_arrow, {"data": data}).num_rows == 2
+    assert eval(as_torch, {"data": data})["image"].shape == (3, HEIGHT, WIDTH)
+    exec(opening.replace("s3://data/mine", str(tmp_path / "set")), {})
+
+
 @pytest.mark.parametrize("workflow", CONFIGS)
 def test_each_command_is_a_valid_call(workflow: str) -> None:
-    (line,) = re.findall(rf"python workflows/{workflow}\.py +(.+)", README)
+    lines = re.findall(rf"python workflows/{workflow}\.py +([^#\n]+)", README)
     config_class = CONFIGS[workflow]
-    assert isinstance(parse(parser_for(config_class), config_class, line.split()), config_class)
+    assert lines
+    for line in lines:
+        assert isinstance(parse(parser_for(config_class), config_class, line.split()), config_class)
