@@ -19,7 +19,7 @@ from pipeline import dataset, images, storage
 from pipeline.images import BadImage
 from pipeline.inventory import SHOWN, Selection, read_chunk
 from pipeline.labels import LabelCoding, training_ids
-from pipeline.layouts import Reject, Shard
+from pipeline.layouts import Pair, Reject, Shard
 from pipeline.parquet_sink import ROW_GROUP_ROWS, BufferedParquet
 from pipeline.progress import Reporter
 from pipeline.records import Record, read_pairs, read_shard
@@ -153,12 +153,12 @@ def checked(record: Record, codings: Mapping[str, LabelCoding], num_classes: int
     return Row(record.split, values, counts[:num_classes].tolist(), content, digest)
 
 
-def records_of(work: Any, selection: Selection, coding: str) -> Iterator[Record]:
+def _records_of(work: list[Pair] | Shard, selection: Selection) -> Iterator[Record]:
     """The records of a chunk: of its pairs or of its shard, each in the split that it comes to."""
     if not isinstance(work, Shard):
         yield from read_pairs(work)
         return
-    for record in read_shard(work, coding):
+    for record in read_shard(work):
         yield dataclasses.replace(record, split=selection.split_of(record.split, record.image_id))
 
 
@@ -190,8 +190,7 @@ class ChunkConverter:
         try:
             text = storage.read_bytes(note).decode()
         except FileNotFoundError:
-            records = records_of(work, self.selection, coding=next(iter(self.codings), ""))
-            text = self._convert(number, records).to_json()
+            text = self._convert(number, _records_of(work, self.selection)).to_json()
             storage.write_bytes(note, text.encode())
         self.reporter.advance(1 if isinstance(work, Shard) else len(work))
         return text

@@ -7,6 +7,7 @@ task. A killed ingest goes on with the chunks that are not there yet, and ends w
 import dataclasses
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray.data
 from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
+from ray.util.annotations import RayDeprecationWarning
 
 from pipeline import dataset, storage
 from pipeline.cluster import connected
@@ -186,10 +188,14 @@ def _convert(config: IngestConfig, inventory: Inventory, notes: str) -> Tally:
             reporter=progress.reporter,
         )
         chunks = ray.data.from_arrow(numbers).repartition(target_num_rows_per_block=1)
-        # A chunk that its worker does not survive would otherwise be tried for ever.
-        options: dict[str, Any] = {"num_cpus": 1, "max_retries": CHUNK_RETRIES}
+        with warnings.catch_warnings():
+            # A chunk that its worker does not survive would otherwise be tried for ever, and Ray 2.60 has no other
+            # parameter for that than the one it warns of.
+            warnings.simplefilter("ignore", RayDeprecationWarning)
+            retries: dict[str, Any] = {"max_retries": CHUNK_RETRIES}
+            converted = chunks.map_batches(converter, batch_size=1, batch_format="pyarrow", num_cpus=1, **retries)
         try:
-            for row in chunks.map_batches(converter, batch_size=1, batch_format="pyarrow", **options).iter_rows():
+            for row in converted.iter_rows():
                 tally.add(Tally.from_json(row["tally"]))
         except (WorkerCrashedError, OutOfMemoryError) as error:
             raise PipelineError(

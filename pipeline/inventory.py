@@ -175,11 +175,11 @@ def write_chunks(folder: str, chunks: pa.Table) -> None:
     """Store the table of chunks below a URL, one row group each, some together in a file."""
     numbers = chunks["chunk"].to_numpy()
     starts = np.flatnonzero(np.diff(numbers, prepend=-1))
-    ends = [*starts[1:], len(numbers)]
-    for first in range(0, len(starts), _CHUNKS_PER_FILE):
+    bounds = list(zip(starts, [*starts[1:], len(numbers)], strict=True))
+    for first in range(0, len(bounds), _CHUNKS_PER_FILE):
         buffer = pa.BufferOutputStream()
         with pq.ParquetWriter(buffer, _SCHEMA, compression="zstd") as writer:
-            for start, end in list(zip(starts, ends, strict=True))[first : first + _CHUNKS_PER_FILE]:
+            for start, end in bounds[first : first + _CHUNKS_PER_FILE]:
                 writer.write_table(chunks.slice(start, end - start), row_group_size=end - start)
         storage.write_bytes(_chunk_file(folder, first), buffer.getvalue().to_pybytes())
     storage.write_bytes(storage.join(folder, _READY), b"")
@@ -203,7 +203,7 @@ def read_chunk(folder: str, number: int) -> list[Pair] | Shard:
         rows = file.read_row_group(number % _CHUNKS_PER_FILE).to_pylist()
     if rows[0]["is_shard"]:
         (row,) = rows
-        return Shard(row["image_id"], row["split"], row["image_url"], row["size"])
+        return Shard(row["image_id"], row["split"], row["image_url"], row["coding"], row["size"])
     names = [item.name for item in dataclasses.fields(Pair)]
     return [Pair(**{name: row[name] for name in names}) for row in rows]
 
@@ -261,9 +261,8 @@ def _chunks(layout: Layout, cut: Cut) -> pa.Table:
     for number, chunk in enumerate(_divided(layout.pairs, target, cut.most_images), start=1):
         rows += [{"chunk": number - 1, **dataclasses.asdict(pair), "is_shard": False} for pair in chunk]
     for place, shard in enumerate(sorted(layout.shards, key=lambda shard: shard.url)):
-        row = {"image_id": shard.name, "split": shard.split, "image_url": shard.url, "label_url": None}
-        (coding,) = layout.codings
-        rows.append({"chunk": number + place, **row, "coding": coding, "size": shard.size, "is_shard": True})
+        row = {"image_id": shard.name, "split": shard.split, "image_url": shard.url, "coding": shard.coding}
+        rows.append({"chunk": number + place, **row, "size": shard.size, "is_shard": True})
     return pa.Table.from_pylist(rows, schema=_SCHEMA)
 
 

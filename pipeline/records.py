@@ -64,7 +64,7 @@ def read_pairs(pairs: Iterable[Pair]) -> Iterator[Record]:
         yield from _ahead(pool, _read_pair, pairs, FETCHED_AHEAD)
 
 
-def read_shard(shard: Shard, coding: str) -> Iterator[Record]:
+def read_shard(shard: Shard) -> Iterator[Record]:
     """The records of a tar or Parquet file, a few in memory at a time; damage to the file is a last, faulty record.
 
     Raises:
@@ -73,7 +73,7 @@ def read_shard(shard: Shard, coding: str) -> Iterator[Record]:
     read = _read_tar if shard.url.lower().endswith(".tar") else _read_parquet
     seen: set[str] = set()
     try:
-        for record in read(shard, coding):
+        for record in read(shard):
             if record.image_id in seen:
                 fault = BadImage("duplicate_stem", f"{record.image_id} is in {shard.url} more than once: rename one")
                 yield replace(record, fault=fault)
@@ -121,7 +121,7 @@ def _fetched(url: str) -> bytes:
         raise BadImage("missing", f"{url} was listed but is gone") from None
 
 
-def _read_tar(shard: Shard, coding: str) -> Iterator[Record]:
+def _read_tar(shard: Shard) -> Iterator[Record]:
     with storage.open_input(shard.url) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
         key, files = "", list[tuple[str, bytes | BadImage]]()
         for member in archive:
@@ -131,12 +131,12 @@ def _read_tar(shard: Shard, coding: str) -> Iterator[Record]:
             name, _, ending = path.name.partition(".")
             current = str(path.with_name(name))
             if current != key and files:
-                yield _sample(shard, key, files, coding)
+                yield _sample(shard, key, files)
                 files = []
             key = current
             files.append((ending.lower(), _content(archive, member)))
         if files:
-            yield _sample(shard, key, files, coding)
+            yield _sample(shard, key, files)
         # tarfile takes damage between two files for the end; a whole archive ends with zeros.
         stream.seek(archive.offset)
         rest = stream.read(_TAR_BLOCK)
@@ -161,8 +161,8 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | BadIm
     return content.read()
 
 
-def _sample(shard: Shard, key: str, members: Sequence[tuple[str, bytes | BadImage]], coding: str) -> Record:
-    record = Record(f"{shard.name}/{key}", shard.split, f"{shard.url}#{key}", coding=coding)
+def _sample(shard: Shard, key: str, members: Sequence[tuple[str, bytes | BadImage]]) -> Record:
+    record = Record(f"{shard.name}/{key}", shard.split, f"{shard.url}#{key}", coding=shard.coding)
     files: dict[str, bytes] = {}
     for ending, content in members:
         if isinstance(content, BadImage):
@@ -186,7 +186,7 @@ def _sample(shard: Shard, key: str, members: Sequence[tuple[str, bytes | BadImag
     return replace(record, image=files[images[0]], label=files[labels[0]], label_uri=f"{shard.url}#{key}.{labels[0]}")
 
 
-def _read_parquet(shard: Shard, coding: str) -> Iterator[Record]:
+def _read_parquet(shard: Shard) -> Iterator[Record]:
     filesystem, path = storage.arrow_filesystem(shard.url)
     with pq.ParquetFile(path, filesystem=filesystem, buffer_size=_READ_TOGETHER) as file:
         names = file.schema_arrow.names
@@ -194,7 +194,7 @@ def _read_parquet(shard: Shard, coding: str) -> Iterator[Record]:
             said = ", ".join(names)
             yield _faulty(shard, "no_image", f"it has the columns {said}: name that of the encoded images `image`")
             return
-        if "label" not in names and coding != CANONICAL:
+        if "label" not in names and shard.coding != CANONICAL:
             said = ", ".join(names)
             yield _faulty(shard, "no_label", f"it has the columns {said}: name that of the encoded labels `label`")
             return
@@ -202,18 +202,19 @@ def _read_parquet(shard: Shard, coding: str) -> Iterator[Record]:
         number = 0
         for batch in file.iter_batches(ROWS_TOGETHER, columns=columns):
             for row in batch.to_pylist():
-                yield _row(shard, number, row, coding)
+                yield _row(shard, number, row)
                 number += 1
 
 
-def _row(shard: Shard, number: int, row: Mapping[str, Any], coding: str) -> Record:
+def _row(shard: Shard, number: int, row: Mapping[str, Any]) -> Record:
     place = f"{shard.url}#{number}"
     image_id = str(row.get("image_id") or f"{shard.name}/{number}")
-    record = Record(image_id, shard.split, str(row.get("source_uri") or place), label_uri=place, coding=coding)
+    uri = str(row.get("source_uri") or place)
+    record = Record(image_id, shard.split, uri, label_uri=place, coding=shard.coding)
     image, label = _encoded(row["image"]), _encoded(row.get("label"))
     if image is None:
         return replace(record, fault=BadImage("no_image", f"row {number} of {shard.url} has no bytes of an image"))
-    if label is None and coding != CANONICAL:
+    if label is None and shard.coding != CANONICAL:
         return replace(record, fault=BadImage("no_label", f"row {number} of {shard.url} has no bytes of a label"))
     return replace(record, image=image, label=label)
 

@@ -61,10 +61,9 @@ def _sample(layout: Layout) -> Iterator[Record]:
     """Records from all over the source: pairs by the hash of their ids, or the beginnings of some shards."""
     pairs = sorted(layout.pairs, key=lambda pair: stable_fraction(pair.image_id))[:SAMPLE]
     yield from read_pairs(pairs)
-    coding = next(iter(layout.codings), "")
     shards = layout.shards[:: max(1, len(layout.shards) // 4)][:4]
     for shard in shards:
-        for number, record in enumerate(read_shard(shard, coding)):
+        for number, record in enumerate(read_shard(shard)):
             if number == SAMPLE // len(shards):
                 break
             yield record

@@ -40,12 +40,14 @@ class Shard:
     Args:
         name: its path below the source without suffix; what its images' ids begin with.
         url: of a tar or Parquet file.
+        coding: which of the layout's codings the labels in it have.
         size: its bytes.
     """
 
     name: str
     split: str
     url: str
+    coding: str
     size: int
 
 
@@ -65,7 +67,7 @@ class Layout:
 
     Args:
         classes: None where nothing is labelled.
-        codings: how labels say the class of a pixel, by a name that `Pair.coding` refers to; shards have just one.
+        codings: how labels say the class of a pixel, by a name that pairs and shards refer to.
         used: other objects that were read, such as lists of a split's images.
     """
 

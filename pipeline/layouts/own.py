@@ -62,11 +62,11 @@ def parquet(source: str, objects: list[storage.StoredObject]) -> Layout:
     """Parquet files with the columns `image` and `label` of encoded bytes: a canonical dataset, or another's."""
     if dataset.INFO_FILE in Tree(source, objects).objects:
         classes = dataset.open(source).classes
-        name, coding = CANONICAL, palette_coding(classes)
+        codings = {CANONICAL: palette_coding(classes)}
     else:
-        name = "values"
         classes, coding = own_classes(source, "parquet")
-    layout = Layout("parquet", classes, {name: coding})
+        codings = {"values": coding}
+    layout = Layout("parquet", classes, codings)
     layout.used.add(storage.join(source, dataset.INFO_FILE))
     _add_shards(layout, source, objects, ".parquet")
     return layout
@@ -88,13 +88,15 @@ def unlabelled(source: str, objects: list[storage.StoredObject]) -> Layout:
 
 
 def _add_shards(layout: Layout, source: str, objects: list[storage.StoredObject], suffix: str) -> None:
-    """Files of a suffix, in the splits that their paths name."""
+    """Files of a suffix, in the splits that their paths name; their labels have the layout's one coding."""
+    (coding,) = layout.codings
     for path, item in Tree(source, objects).objects.items():
         if not path.lower().endswith(suffix) or path.startswith("_"):
             continue
         split = _shard_split(source, path)
         _require_split_name(source, split)
-        layout.shards.append(Shard(PurePosixPath(path).with_suffix("").as_posix(), split, item.url, item.size))
+        name = PurePosixPath(path).with_suffix("").as_posix()
+        layout.shards.append(Shard(name, split, item.url, coding, item.size))
 
 
 def _shard_split(source: str, path: str) -> str:

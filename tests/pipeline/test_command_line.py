@@ -279,7 +279,8 @@ def test_help_explains_each_field(workflow) -> None:
     for explained in (
         "--source SOURCE ENV: RSSNET_SOURCE URL of the images and labels, as published. (required",
         "--dataset DATASET ENV: RSSNET_DATASET URL that the canonical dataset is written to; outside the source.",
-        "--layout LAYOUT ENV: RSSNET_LAYOUT camvid, folders, or auto to recognise the tree.",
+        "--layout LAYOUT ENV: RSSNET_LAYOUT camvid, ade20k, cityscapes, pascal_context (59 classes),",
+        "parquet, unlabelled, or auto to recognise the tree.",
         "share of bad inputs, 0 to 1, above which the ingest fails. (type: float, default: 0.01)",
         "start afresh, replacing the dataset that an earlier ingest left there.",
     ):
@@ -294,6 +295,11 @@ def test_print_config_is_yaml_that_config_reads_back(workflow, tmp_path: Path) -
         "dataset": None,
         "layout": "auto",
         "max_reject_fraction": 0.5,
+        "splits": None,
+        "val_fraction": 0.0,
+        "limit": None,
+        "dry_run": False,
+        "preview": None,
         "new": False,
     }
     file = tmp_path / "ingest.yaml"
@@ -305,7 +311,7 @@ def test_print_config_is_yaml_that_config_reads_back(workflow, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "the following arguments are required: source, dataset"),
+        ([], "the following arguments are required: source"),
         (["--sorce", "a"], "unrecognized arguments: --sorce"),
         (["--source", "a", "--dataset", "b", "--new", "perhaps"], "\"new\": Expected a <class 'bool'>"),
         (["--source", "a", "--dataset", "b", "--max_reject_fraction", "few"], '"max_reject_fraction"'),

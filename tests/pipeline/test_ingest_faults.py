@@ -326,7 +326,7 @@ def test_a_name_in_a_tar_file_that_is_no_text_becomes_an_id_that_is(tmp_path: Pa
             member = tarfile.TarInfo(f"caf\udce9.{ending}")
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
-    (record,) = read_shard(Shard("train", "train", url, 0), "values")
+    (record,) = read_shard(Shard("train", "train", url, "values", 0))
     assert (record.image_id, record.fault, record.image) == ("train/caf\\udce9", None, photograph(1))
 
 
