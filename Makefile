@@ -4,7 +4,7 @@ DATA ?=
 OUTPUT ?= demo-output
 BIN := .venv/bin
 
-.PHONY: install demo test lint types format bench-model bench-ablation bench-ingest gpu clean
+.PHONY: install demo test test-heavy lint types format bench-model bench-ablation bench-ingest gpu clean
 
 install: .venv/installed
 
@@ -20,6 +20,10 @@ demo: install
 
 test: install lint types
 	$(BIN)/python -m pytest
+
+# What takes too long for `make test`: the whole demo on CamVid, twice; kills of training workers. A quarter of an hour.
+test-heavy: install
+	$(BIN)/python -m pytest -m heavy
 
 lint: install
 	$(BIN)/ruff check .

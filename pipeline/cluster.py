@@ -84,15 +84,13 @@ def connected() -> Iterator[None]:
     Raises:
         PipelineError: if RAY_ADDRESS is set but no cluster answers there.
     """
-    if ray.is_initialized():
-        _quiet_data()
-        yield
-        return
+    started = not ray.is_initialized()
     connect()
     try:
         yield
     finally:
-        ray.shutdown()
+        if started:
+            ray.shutdown()
 
 
 def connect() -> None:

@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +38,7 @@ class Tally:
         digest: sum of the rows' digests, which does not depend on their order.
         broken_shards: how many of the rejects are shards that could not be read to their end.
         examples: of rejects, a few.
-        files: Parquet files of rows, by their path below the dataset, and how many rows they have.
+        files: Parquet files of rows and of rejects, by their path below the dataset, and how many they hold.
     """
 
     rows: collections.Counter[str] = field(default_factory=collections.Counter)
@@ -169,12 +169,10 @@ class ChunkConverter:
     Args:
         dataset: URL of the dataset.
         notes: URL below which the chunks lie, and the notes of converted ones are written.
-        splits: that there may be rows of.
     """
 
     dataset: str
     notes: str
-    splits: Sequence[str]
     codings: Mapping[str, LabelCoding]
     num_classes: int
     selection: Selection
@@ -211,8 +209,7 @@ class ChunkConverter:
                 tally.add_row(row)
                 out.add(row.split, dataset.SCHEMA, row.values)
                 out.content.append((row.values["image_id"], row.split, row.content))
-        stored = out.store({*self.splits, dataset.REJECTS_FOLDER})
-        tally.files = {path: rows for path, rows in stored.items() if not path.startswith(dataset.REJECTS_FOLDER)}
+        tally.files = out.store()
         content = BufferedParquet(CONTENT_SCHEMA)
         columns = list(zip(*out.content, strict=True)) or [[], [], []]
         content.write(
@@ -239,16 +236,10 @@ class _Files:
         if len(self._waiting[folder]) == ROW_GROUP_ROWS:
             self._flush(folder)
 
-    def store(self, folders: Set[str]) -> dict[str, int]:
-        """Store all files, and delete what an earlier attempt has left in other folders.
-
-        Returns:
-            Their paths below the dataset, and numbers of rows.
-        """
+    def store(self) -> dict[str, int]:
+        """Store all files; their paths below the dataset, and numbers of rows."""
         for folder in [folder for folder, rows in self._waiting.items() if rows]:
             self._flush(folder)
-        for folder in folders - self._files.keys():
-            storage.delete(storage.join(self.url, folder, self.name))
         stored = {}
         for folder, file in self._files.items():
             path = f"{folder}/{self.name}"

@@ -1,37 +1,36 @@
 """Scores of a model on a labelled split of a dataset: exact sums of pixel counts over a pool of workers."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any, cast
 
+import numpy as np
 import pyarrow as pa
-import torch
+import ray
 
 from pipeline import dataset, storage
 from pipeline.cluster import connected
+from pipeline.contact_sheet import contact_sheet, prediction_panels
+from pipeline.corruptions import KINDS, SEVERITIES
 from pipeline.dataset import SegmentationDataset
 from pipeline.errors import PipelineError
-from pipeline.images import decode_label, decode_photograph
+from pipeline.evaluation_pictures import confusion_picture, corruption_picture
 from pipeline.parquet_sink import write_table
-from pipeline.prediction import InferenceConfig, PredictorActor, model_classes, model_id, predictor_pool
+from pipeline.prediction import InferenceConfig, load_predictor, model_classes, model_id, predictor_pool
 from pipeline.progress import Progress, announce
 from pipeline.run_record import RunRecord, finished_record, record_run, refuse_other_work
+from pipeline.scoring import COLUMNS, IMAGE_SCORES, Condition, Counts, Scorer
 from rssnet.classes import Classes
-from rssnet.inference import Predictor
-from rssnet.metrics import ConfusionMatrix
 
 WORKFLOW = "evaluate"
 SCORES_FILE = "scores.json"
 CONFUSION_FILE = "confusion.json"
+CONFUSION_PICTURE = "confusion.png"
+CORRUPTIONS_PICTURE = "corruptions.png"
 IMAGES_FILE = "images.parquet"
-COLUMNS = ("image_id", "image", "label")  # of a dataset's row, what evaluation reads
-
-_IMAGE_SCORES = pa.schema(
-    [("image_id", pa.string()), ("miou", pa.float64()), ("aacc", pa.float64()), ("pixels", pa.int64())]
-)
-_BATCH = pa.schema([("counts", pa.list_(pa.list_(pa.int64()))), ("images", pa.list_(pa.struct(list(_IMAGE_SCORES))))])
+WORST_FILE = "worst.png"
+WORST = 6  # images that are drawn
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,8 @@ class EvaluateConfig:
         dataset: URL of a canonical dataset with the model's classes.
         out: URL that the scores are written to.
         split: name of the split.
+        corruptions: natural corruptions to score under too, each at five severities, separated by commas: kinds such as
+            fog, groups (noise, blur, weather, digital), or all.
         inference: how the model is applied.
         workers: processes that hold a model each.
         use_gpu: give each of them a GPU.
@@ -55,6 +56,7 @@ class EvaluateConfig:
     dataset: str
     out: str
     split: str = "val"
+    corruptions: str | None = None
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     workers: int = field(default=1, metadata={"identity": False})
     use_gpu: bool = field(default=False, metadata={"identity": False})
@@ -64,7 +66,7 @@ class EvaluateConfig:
 
 
 def evaluate(config: EvaluateConfig) -> RunRecord:
-    """Score the model; write `scores.json`, `confusion.json`, `images.parquet` and the run record.
+    """Score the model; write scores as JSON, Parquet and pictures, and the run record.
 
     Raises:
         PipelineError: if the model or the dataset cannot serve, or they do not have the same classes.
@@ -85,13 +87,20 @@ def evaluate(config: EvaluateConfig) -> RunRecord:
             announce(f"already evaluated: {config.out} ({scores_text(finished.results)})")
             return finished
         refuse_other_work(config.out, WORKFLOW, config, inputs)
-    outputs = [SCORES_FILE, CONFUSION_FILE, IMAGES_FILE]
+    conditions = _conditions(config)
+    outputs = [SCORES_FILE, CONFUSION_FILE, CONFUSION_PICTURE, IMAGES_FILE, WORST_FILE]
+    outputs += [CORRUPTIONS_PICTURE] if conditions else []
     with record_run(config.out, WORKFLOW, config, inputs, outputs, keep=not config.new) as record:
         with connected():
-            confusion, images = _evaluate_split(config, data)
-        scores = confusion.scores().to_dict()
-        record.counts = {"images": images.num_rows, "pixels": int(confusion.counts.sum())}
-        record.results = {name: scores[name] for name in ("miou", "macc", "aacc", "fwiou")}
+            counts = _evaluate_split(config, data, conditions)
+            scored = [image for image in counts.images if image["pixels"]]
+            worst = sorted(scored, key=lambda image: (image["miou"], image["image_id"]))[:WORST]
+            draw = ray.remote(_write_worst).options(num_cpus=config.cpus_per_worker, num_gpus=int(config.use_gpu))
+            ray.get(draw.remote(config, worst))
+        record.counts = {"images": len(counts.images), "pixels": int(counts.confusion.counts.sum())}
+        scores = counts.confusion.scores().to_dict()
+        record.results = {name: scores[name] for name in ("miou", "macc", "aacc", "fwiou", "mdice")}
+        record.results["boundary_miou"] = counts.boundary.scores().to_dict()["miou"]
         document = {
             "dataset": config.dataset,
             "split": config.split,
@@ -99,92 +108,80 @@ def evaluate(config: EvaluateConfig) -> RunRecord:
             "model_id": inputs["model"],
             **record.counts,
             **record.results,
-            "classes": _class_rows(confusion, data.classes),
+            "classes": _class_rows(counts, data.classes),
         }
-        confusion_document = {"names": list(data.classes.names), "rows": "truth", "counts": confusion.to_list()}
-        storage.write_json(storage.join(config.out, CONFUSION_FILE), confusion_document)
+        if conditions:
+            document["corruptions"] = _corruption_scores(counts)
+            picture = corruption_picture(document["corruptions"], counts.confusion.scores().miou)
+            storage.write_bytes(storage.join(config.out, CORRUPTIONS_PICTURE), picture)
+            for name in ("mean_miou", "retention"):
+                record.results[f"corrupted_{name}"] = document["corruptions"][name]
+        confusion = {"names": list(data.classes.names), "rows": "truth", "counts": counts.confusion.to_list()}
+        storage.write_json(storage.join(config.out, CONFUSION_FILE), confusion)
+        picture = confusion_picture(counts.confusion.counts.numpy(), data.classes.names)
+        storage.write_bytes(storage.join(config.out, CONFUSION_PICTURE), picture)
+        images = pa.Table.from_pylist(counts.images, schema=IMAGE_SCORES).sort_by("image_id")
         write_table(storage.join(config.out, IMAGES_FILE), images)
         storage.write_json(storage.join(config.out, SCORES_FILE), document)
-    announce(f"evaluated {config.model} on {images.num_rows} images of {config.split} ({scores_text(record.results)})")
+    announce(
+        f"evaluated {config.model} on {len(counts.images)} images of {config.split} ({scores_text(record.results)})"
+    )
     return record
 
 
-def confusion_matrix(
-    predictor: Predictor, rows: Iterable[dict[str, Any]], num_classes: int, batch_size: int = 4
-) -> ConfusionMatrix:
-    """The confusion matrix of a predictor over rows of a dataset, in this process.
+def _conditions(config: EvaluateConfig) -> list[Condition]:
+    """The corruptions that are asked for, each at each severity.
 
-    Args:
-        predictor: gives class maps of full size.
-        rows: dicts with the `image` and `label` of `pipeline.dataset.SCHEMA`; read once, `batch_size` at a time.
-        num_classes: number of classes.
-        batch_size: images given to the predictor at once.
+    Raises:
+        PipelineError: for a name that is neither a kind, nor a group of kinds, nor `all`.
     """
-    total = ConfusionMatrix(num_classes, dataset.IGNORE_LABEL)
-    for _, confusion in image_confusions(predictor, rows, num_classes, batch_size):
-        total.merge(confusion)
-    return total
+    named = {kind: (kind,) for kinds in KINDS.values() for kind in kinds} | KINDS
+    named["all"] = tuple(kind for kinds in KINDS.values() for kind in kinds)
+    kinds: dict[str, None] = {}
+    for name in [name.strip() for name in config.corruptions.split(",")] if config.corruptions else []:
+        if name not in named:
+            raise PipelineError(f"The corruption {name!r} is not known: give some of {', '.join(named)}.")
+        kinds |= dict.fromkeys(named[name])
+    return [Condition(kind, severity) for kind in kinds for severity in SEVERITIES]
 
 
-def image_confusions(
-    predictor: Predictor, rows: Iterable[dict[str, Any]], num_classes: int, batch_size: int = 4
-) -> Iterator[tuple[dict[str, Any], ConfusionMatrix]]:
-    """Each row with the confusion matrix of its image alone; arguments as for `confusion_matrix`."""
-    waiting = iter(rows)
-    while batch := list(islice(waiting, batch_size)):
-        photographs = [decode_photograph(row["image"]) for row in batch]
-        predictions = predictor([torch.from_numpy(photograph.copy()).permute(2, 0, 1) for photograph in photographs])
-        for row, prediction in zip(batch, predictions, strict=True):
-            confusion = ConfusionMatrix(num_classes, dataset.IGNORE_LABEL)
-            confusion.update(prediction.class_map, torch.from_numpy(decode_label(row["label"]).copy()))
-            yield row, confusion
-
-
-def _evaluate_split(config: EvaluateConfig, data: SegmentationDataset) -> tuple[ConfusionMatrix, pa.Table]:
-    """The summed confusion matrix and the scores of each image, sorted by `image_id`."""
+def _evaluate_split(config: EvaluateConfig, data: SegmentationDataset, conditions: Sequence[Condition]) -> Counts:
+    """The counts over all images of the split; AssertionError if one is missing or is there twice."""
     expected = data.split(config.split).rows
-    num_classes = len(data.classes)
     pool = predictor_pool(config.workers, config.cpus_per_worker, config.use_gpu)
     batches = data.ray(config.split, COLUMNS).map_batches(
-        _Evaluator,
-        fn_constructor_args=(config.model, config.inference),
+        Scorer,
+        fn_constructor_args=(config.model, config.inference, conditions),
         batch_size=config.batch_size,
         batch_format="pyarrow",
         **pool,
     )
-    total = ConfusionMatrix(num_classes, dataset.IGNORE_LABEL)
-    images: list[dict[str, Any]] = []
+    total = Counts(len(data.classes), conditions)
     with Progress("evaluate", expected, "images") as progress:
         for table in batches.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for batch in cast(pa.Table, table).to_pylist():
-                total.merge(ConfusionMatrix.from_list(batch["counts"], dataset.IGNORE_LABEL))
-                images.extend(batch["images"])
-                progress.reporter.advance(len(batch["images"]))
-    distinct = len({image["image_id"] for image in images})
-    if not len(images) == distinct == expected:
-        raise AssertionError(f"{expected} images became {len(images)} scores, {distinct} of them distinct")
-    return total, pa.Table.from_pylist(images, schema=_IMAGE_SCORES).sort_by("image_id")
+            for row in cast(pa.Table, table).to_pylist():
+                total.add_row(row)
+                progress.reporter.advance(len(row["images"]))
+    distinct = len({image["image_id"] for image in total.images})
+    if not len(total.images) == distinct == expected:
+        raise AssertionError(f"{expected} images became {len(total.images)} scores, {distinct} of them distinct")
+    return total
 
 
-class _Evaluator(PredictorActor):
-    """Rows of a dataset to one row of `_BATCH`."""
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        num_classes = self.predictor.model.config.num_classes
-        total = ConfusionMatrix(num_classes, dataset.IGNORE_LABEL)
-        images = []
-        for row, confusion in image_confusions(self.predictor, batch.to_pylist(), num_classes, batch.num_rows):
-            total.merge(confusion)
-            scores = confusion.scores()
-            images.append(
-                {
-                    "image_id": row["image_id"],
-                    "miou": scores.miou,
-                    "aacc": scores.aacc,
-                    "pixels": int(confusion.counts.sum()),
-                }
-            )
-        return pa.Table.from_pylist([{"counts": total.to_list(), "images": images}], schema=_BATCH)
+def _write_worst(config: EvaluateConfig, images: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the images with the lowest scores beside their labels and what the model saw. Runs as a task."""
+    data = dataset.open(config.dataset)
+    scored = {str(image["image_id"]): image["miou"] for image in images}
+    predictor = load_predictor(config.model, config.inference)
+    panels = {}
+    for chunk in data.chunks(config.split):
+        ids = chunk.read(["image_id"])["image_id"].to_pylist()
+        places = [place for place, image_id in enumerate(ids) if image_id in scored]
+        for row in chunk.read(COLUMNS).take(places).to_pylist() if places else []:
+            title = f"prediction, mIoU {scored[row['image_id']]:.3f}"
+            panels[row["image_id"]] = prediction_panels(row, predictor, title)
+    picture = contact_sheet([panels[image_id] for image_id in scored], data.classes)
+    storage.write_bytes(storage.join(config.out, WORST_FILE), picture)
 
 
 def _require_same_classes(config: EvaluateConfig, of_model: Classes, of_dataset: Classes) -> None:
@@ -202,18 +199,31 @@ def _require_same_classes(config: EvaluateConfig, of_model: Classes, of_dataset:
         )
 
 
-def _class_rows(confusion: ConfusionMatrix, classes: Classes) -> list[dict[str, Any]]:
+def _class_rows(counts: Counts, classes: Classes) -> list[dict[str, Any]]:
     """One row of the table of classes for each class; a score without a denominator is None."""
-    scores = confusion.scores().to_dict()
-    iou, acc, dice = scores["iou"], scores["acc"], scores["dice"]
-    assert isinstance(iou, list)
-    assert isinstance(acc, list)
-    assert isinstance(dice, list)
-    pixels = confusion.counts.sum(1).tolist()
+    scores, boundary = counts.confusion.scores().to_dict(), counts.boundary.scores().to_dict()
+    columns = {"iou": scores["iou"], "acc": scores["acc"], "dice": scores["dice"], "boundary_iou": boundary["iou"]}
+    pixels = counts.confusion.counts.sum(1).tolist()
     return [
-        {"id": index, "name": name, "iou": iou[index], "acc": acc[index], "dice": dice[index], "pixels": pixels[index]}
+        {
+            "id": index,
+            "name": name,
+            **{column: cast(list[float | None], values)[index] for column, values in columns.items()},
+            "pixels": pixels[index],
+        }
         for index, name in enumerate(classes.names)
     ]
+
+
+def _corruption_scores(counts: Counts) -> dict[str, Any]:
+    """The mIoU of each kind by severity, its mean, and which share of the clean mIoU that is."""
+    kinds: dict[str, list[float]] = {}
+    for condition, miou in zip(counts.conditions, counts.corrupted_miou(), strict=True):
+        kinds.setdefault(condition.kind, []).append(miou)
+    clean = counts.confusion.scores().miou
+    mean = float(np.mean(list(kinds.values())))
+    rows = [{"kind": kind, "miou": mious, "mean": float(np.mean(mious))} for kind, mious in kinds.items()]
+    return {"mean_miou": mean, "retention": mean / clean if clean else None, "kinds": rows}
 
 
 def scores_text(scores: Mapping[str, float | None]) -> str:

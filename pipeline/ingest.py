@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,7 @@ from pipeline.run_record import (
 CUT = Cut()
 CHUNK_RETRIES = 5
 NOTES_FOLDER = "_ingest"  # while the ingest is unfinished
+UNPAIRED_FILE = f"{dataset.REJECTS_FOLDER}/part-unpaired.parquet"  # what the listing alone rejects
 
 _DUPLICATES_SCHEMA = pa.schema([(name, pa.string()) for name in ("image_id", "split", "first_id", "first_split")])
 
@@ -166,7 +167,7 @@ def _announce(found: Inventory) -> None:
 def _store_inventory(url: str, notes: str, chunks: Any, rejects: Any) -> None:
     def store(chunk_table: pa.Table, reject_table: pa.Table) -> None:
         if reject_table.num_rows:
-            write_table(storage.join(url, dataset.REJECTS_FOLDER, "part-unpaired.parquet"), reject_table)
+            write_table(storage.join(url, UNPAIRED_FILE), reject_table)
         write_chunks(notes, chunk_table)  # last: with it, there is something to go on with
 
     _got(ray.remote(num_cpus=1)(store).remote(chunks, rejects))
@@ -181,7 +182,6 @@ def _convert(config: IngestConfig, inventory: Inventory, notes: str) -> Tally:
         converter = ChunkConverter(
             dataset=str(config.dataset),
             notes=notes,
-            splits=inventory.splits,
             codings=inventory.codings,
             num_classes=len(inventory.classes) if inventory.classes else 0,
             selection=config.selection,
@@ -206,35 +206,58 @@ def _convert(config: IngestConfig, inventory: Inventory, notes: str) -> Tally:
 
 
 def _finish(config: IngestConfig, inventory: Inventory, notes: str, tally: Tally, record: RunRecord) -> None:
+    """Judge what the conversion has come to and write the dataset's description, which makes a dataset of it."""
+    url = str(config.dataset)
+    record.counts = _counts(inventory, tally)
+    _judge(config, inventory, tally, record.counts)
+    duplicates: dict[str, int] = _got(ray.remote(num_cpus=1)(_write_duplicates).remote(url, notes, tally.rows.total()))
+    if duplicates["images"]:
+        announce(
+            f"  {duplicates['images']} images are byte for byte those of another row, {duplicates['across_splits']} of "
+            f"them in another split, listed in {url}/{dataset.DUPLICATES_FOLDER}/"
+        )
+    _require_own(url, record)
+    _delete_strangers(url, {*inventory.splits, dataset.REJECTS_FOLDER}, {*tally.files, UNPAIRED_FILE})
+    info = _info(config, inventory, tally, duplicates["images"])
+    record.outputs = [dataset.INFO_FILE, *info.splits]
+    record.outputs += [dataset.REJECTS_FOLDER] if info.rejected else []
+    record.outputs += [dataset.DUPLICATES_FOLDER] if info.duplicates else []
+    record.results = {
+        "fingerprint": info.fingerprint,
+        "splits": {name: split.rows for name, split in info.splits.items()},
+    }
+    dataset.write_info(url, info)
+
+
+def _counts(inventory: Inventory, tally: Tally) -> dict[str, int]:
+    """How many inputs there were and what became of them; AssertionError if the sums differ."""
     rows_out, rejected = tally.rows.total(), tally.rejected + inventory.rejected
     rows_in = rows_out + rejected if inventory.shards else inventory.images + inventory.rejected
-    record.counts = {"in": rows_in, "out": rows_out, "rejected": rejected}
     if rows_in != rows_out + rejected:
         raise AssertionError(
             f"{rows_in} inputs became {rows_out} rows and {rejected} rejects: some are lost or doubled"
         )
+    return {"in": rows_in, "out": rows_out, "rejected": rejected}
+
+
+def _judge(config: IngestConfig, inventory: Inventory, tally: Tally, counts: Mapping[str, int]) -> None:
+    """Refuse too many rejects, or tell of the few."""
     listed = f"listed in {config.dataset}/{dataset.REJECTS_FOLDER}/"
     examples = "; ".join(reject_text(item) for item in (inventory.examples + tally.examples)[:SHOWN])
-    _require_few_rejects(config, record.counts, f" The first: {examples}.")
+    _require_few_rejects(config, counts, f" The first: {examples}.")
     if tally.broken_shards > config.max_reject_fraction * inventory.shards:
         raise PipelineError(
             f"{tally.broken_shards} of {inventory.shards} shards cannot be read to their end, {listed}, a larger share "
             f"than --max_reject_fraction {config.max_reject_fraction} allows. The first: {examples}. "
             "Mend or remove them and run again."
         )
-    if rejected:
-        announce(f"  {rejected} of {rows_in} inputs were rejected, {listed}; the first: {examples}")
-    duplicates: dict[str, int] = _got(
-        ray.remote(num_cpus=1)(_write_duplicates).remote(str(config.dataset), notes, rows_out)
-    )
-    if duplicates["images"]:
-        announce(
-            f"  {duplicates['images']} images are byte for byte those of another row, {duplicates['across_splits']} of "
-            f"them in another split, listed in {config.dataset}/{dataset.DUPLICATES_FOLDER}/"
-        )
-    _require_own(str(config.dataset), record)
+    if counts["rejected"]:
+        announce(f"  {counts['rejected']} of {counts['in']} inputs were rejected, {listed}; the first: {examples}")
+
+
+def _info(config: IngestConfig, inventory: Inventory, tally: Tally, duplicates: int) -> dataset.DatasetInfo:
     classes = inventory.classes
-    info = dataset.DatasetInfo(
+    return dataset.DatasetInfo(
         names=list(classes.names) if classes else [],
         palette=[list(colour) for colour in classes.palette] if classes else [],
         splits={
@@ -246,21 +269,13 @@ def _finish(config: IngestConfig, inventory: Inventory, notes: str, tally: Tally
             )
             for split, rows in sorted(tally.rows.items())
         },
-        rejected=rejected,
+        rejected=tally.rejected + inventory.rejected,
         source=storage.redacted(config.source),
         layout=inventory.layout,
         fingerprint=_fingerprint(tally.digest, inventory),
-        duplicates=duplicates["images"],
+        duplicates=duplicates,
         sizes={"height": dataset.quantiles(tally.heights), "width": dataset.quantiles(tally.widths)},
     )
-    record.outputs = [dataset.INFO_FILE, *info.splits]
-    record.outputs += [dataset.REJECTS_FOLDER] if rejected else []
-    record.outputs += [dataset.DUPLICATES_FOLDER] if duplicates["images"] else []
-    record.results = {
-        "fingerprint": info.fingerprint,
-        "splits": {name: split.rows for name, split in info.splits.items()},
-    }
-    dataset.write_info(str(config.dataset), info)
 
 
 def _require_few_rejects(config: IngestConfig, counts: Mapping[str, int], examples: str = "") -> None:
@@ -279,6 +294,14 @@ def _require_own(url: str, record: RunRecord) -> None:
     now = read_record(url)
     if now is None or now.run_id != record.run_id:
         raise PipelineError(f"Another ingest has begun at {url} since: let it end, then run again.")
+
+
+def _delete_strangers(url: str, folders: Set[str], files: Set[str]) -> None:
+    """Delete what lies in folders of the dataset beside its files: what a killed attempt made of inputs now gone."""
+    for folder in folders:
+        for item in storage.list_objects(storage.join(url, folder)):
+            if item.url.removeprefix(f"{url}/") not in files:
+                storage.delete(item.url)
 
 
 def _write_duplicates(url: str, notes: str, rows: int) -> dict[str, int]:

@@ -97,16 +97,16 @@ def _matlab_array(data: bytes, variable: str) -> np.ndarray:
         raise BadImage("empty", "the file has no bytes")
     try:
         shapes = {name: shape for name, shape, _ in whosmat(io.BytesIO(data))}
-        if math.prod(shapes.get(variable, ())) > images.MAX_PIXELS:
-            raise BadImage("too_large", f"its array {variable} is {shapes[variable]}, more than is accepted")
-        found = loadmat(io.BytesIO(data), variable_names=[variable])
-    except BadImage:
-        raise
+        # Not an array of any size: that of a bomb is read only if it is asked for.
+        wanted = [variable] if math.prod(shapes.get(variable, ())) <= images.MAX_PIXELS else []
+        found = loadmat(io.BytesIO(data), variable_names=wanted)
     except Exception as error:  # scipy raises many classes on damaged data
         raise BadImage("damaged", f"damaged, or no MATLAB file ({type(error).__name__}: {str(error)[:120]})") from error
-    array = found.get(variable)
-    if array is None:
+    if variable not in shapes:
         raise BadImage("label_mode", f"the MATLAB file has no array named {variable}")
+    if variable not in found:
+        raise BadImage("too_large", f"its array {variable} is {shapes[variable]}, more than is accepted")
+    array = found[variable]
     if array.ndim != 2 or array.dtype.kind not in "ui":
         raise BadImage(
             "label_mode", f"its array {variable} is {array.shape} {array.dtype}, not two-dimensional integers"

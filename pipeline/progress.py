@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
@@ -116,7 +117,9 @@ class Progress(AbstractContextManager["Progress"]):
             while True:
                 last = self._stop.wait(POLL_SECONDS)
                 done, note = self._read()
-                bars.update(bar, completed=min(done, self.total), rate=self._rate(done).removeprefix(", "), note=note)
+                rate = self._rate(done)
+                said = f"{rate:.1f} {self.unit}/s" if rate else ""
+                bars.update(bar, completed=min(done, self.total), rate=said, note=note)
                 if last:
                     return
 
@@ -129,18 +132,21 @@ class Progress(AbstractContextManager["Progress"]):
                 continue
             done, note = self._read()
             if done != shown:
-                announce(
-                    f"  {self.title}: {done:g}/{self.total} {self.unit}{self._rate(done)}{f', {note}' if note else ''}"
-                )
+                said, rate = [f"{done:g}/{self.total} {self.unit}"], self._rate(done)
+                if rate:
+                    said.append(f"{rate:.1f} {self.unit}/s")
+                    if done < self.total:
+                        said.append(f"{timedelta(seconds=round((self.total - done) / rate))} left")
+                announce(f"  {self.title}: {', '.join([*said, note] if note else said)}")
                 shown, shown_at = done, now
             if last:
                 return
 
-    def _rate(self, done: float) -> str:
-        """The rate since the work was first seen to move: what an earlier run did, or starting, does not count."""
+    def _rate(self, done: float) -> float | None:
+        """Units per second since the work was first seen to move: what an earlier run did, or starting, is left out."""
         now = time.monotonic()
         if self._first is None and done:
             self._first = done, now
-        if self._first is None or now - self._first[1] < 1:
-            return ""
-        return f", {(done - self._first[0]) / (now - self._first[1]):.1f} {self.unit}/s"
+        if self._first is None or now - self._first[1] < 1 or done <= self._first[0]:
+            return None
+        return (done - self._first[0]) / (now - self._first[1])

@@ -87,7 +87,11 @@ def _gathered(config: ReportConfig, records: dict[str, RunRecord]) -> Report:
             for name, record in records.items()
         ],
         scores=_scores(places["evaluate"]),
-        curve=[CurvePoint(int(point["iteration"]), point["loss"], point["lr"]) for point in history["training"]],
+        curve=[
+            CurvePoint(int(point["iteration"]), point["loss"], point["lr"])
+            for point in history["training"]
+            if point["loss"] is not None  # of a skipped step
+        ],
         validation=[ValidationPoint(int(point["iteration"]), point["miou"]) for point in history["validation"]],
         trials=_trials(places["sweep"]),
         overlays=overlays(places["segment"], records["segment"].results["model_id"]),

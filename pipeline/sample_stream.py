@@ -11,7 +11,7 @@ pause while its consumer is the slower side, in the process of the training work
 
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import PurePosixPath
@@ -74,7 +74,7 @@ def plan_windows(chunks: list[Chunk], seed: int, shard: tuple[int, int], start: 
 
 def sample_batches(
     windows: list[Window], augmentation: Augmentation, seed: int, batch_size: int
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Generator[dict[str, np.ndarray]]:
     """Batches of augmented samples, in the order that the windows and the seed fix.
 
     Yields:

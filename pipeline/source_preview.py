@@ -4,18 +4,15 @@ Runs in the calling process, which starts no Ray, on the listing and a sample of
 """
 
 import collections
-import io
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-from PIL import Image
 
 from pipeline import images, storage
+from pipeline.contact_sheet import Panel, contact_sheet
 from pipeline.conversion import Row, Tally, checked
-from pipeline.dataset import IGNORE_LABEL, quantiles
+from pipeline.dataset import quantiles
+from pipeline.errors import PipelineError
 from pipeline.images import BadImage
 from pipeline.ingest import IngestConfig, checked_config, reject_text
 from pipeline.inventory import SHOWN, selected_layout, stable_fraction
@@ -26,7 +23,6 @@ from pipeline.records import Record, read_pairs, read_shard
 SAMPLE = 64  # images that are read
 DRAWN = 6  # of them drawn
 SHOWN_CLASSES = 12
-DRAWN_SIDE = 480  # pixels; larger images are drawn smaller
 
 
 def preview_source(config: IngestConfig) -> None:
@@ -50,10 +46,12 @@ def preview_source(config: IngestConfig) -> None:
             drawn.append(row)
     for line in _findings(layout, tally, config.max_reject_fraction):
         announce(line)
+    if config.preview and not drawn:
+        raise PipelineError(f"None of the images read of {storage.redacted(config.source)} can be drawn: mend them.")
     if others:
         announce(f"  {len(others)} other files are passed over, such as {storage.redacted(others[0])}")
     if config.preview:
-        storage.write_bytes(config.preview, _contact_sheet(layout, drawn))
+        storage.write_bytes(config.preview, contact_sheet([_panels(row) for row in drawn], layout.classes))
         announce(f"  {len(drawn)} images are drawn in {config.preview}")
 
 
@@ -107,42 +105,7 @@ def _range(counts: collections.Counter[int]) -> str:
     return f"{found['min']} to {found['max']} (median {found['median']})"
 
 
-def _contact_sheet(layout: Layout, rows: list[Row]) -> bytes:
-    """A PNG: each image beside its label in the classes' colours, ignored pixels white, and a legend."""
-    figure = Figure(figsize=(9, max(1, len(rows)) * 2.6 + 1.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(max(1, len(rows)), 2, squeeze=False)
-    present: set[int] = set()
-    for (left, right), row in zip(axes, rows, strict=False):
-        left.imshow(_smaller(images.decode_photograph(row.values["image"]), Image.Resampling.BILINEAR))
-        left.set_title(row.values["image_id"], fontsize=8, parse_math=False)
-        if row.values["label"] is None or layout.classes is None:
-            right.set_title("no label", fontsize=8)
-            continue
-        label = _smaller(images.decode_label(row.values["label"]), Image.Resampling.NEAREST)
-        present |= {int(value) for value in np.unique(label)} - {IGNORE_LABEL}
-        colours = np.full((256, 3), 255, np.uint8)
-        colours[: len(layout.classes)] = layout.classes.palette
-        right.imshow(colours[label])
-        right.set_title(f"{row.values['width']} x {row.values['height']}", fontsize=8)
-    for axis in axes.ravel():
-        axis.set_axis_off()
-    if layout.classes and present:
-        handles = [
-            Patch(
-                facecolor="#{:02x}{:02x}{:02x}".format(*layout.classes.palette[index]),
-                label=layout.classes.names[index].replace("$", r"\$"),
-            )
-            for index in sorted(present)
-        ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=7, title="white: ignored")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    return buffer.getvalue()
-
-
-def _smaller(values: np.ndarray, resampling: Image.Resampling) -> np.ndarray:
-    image = Image.fromarray(values)
-    scale = min(1.0, DRAWN_SIDE / max(image.size))
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    return np.asarray(image.resize(size, resampling))
+def _panels(row: Row) -> tuple[Panel, Panel]:
+    photograph, label = images.decode_photograph(row.values["image"]), row.values["label"]
+    said = "no label" if label is None else f"{row.values['width']} x {row.values['height']}"
+    return Panel(row.values["image_id"], photograph), Panel(said, None if label is None else images.decode_label(label))

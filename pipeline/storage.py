@@ -127,7 +127,11 @@ def _refuse_misread_names(url: str) -> None:
 
 def usable_name(url: str) -> bool:
     """Whether the name of a listed object can be read and written down; `split` says of others why not."""
-    return not _UNUSABLE.search(url) and not ("?versionId=" in url and "://" in url)
+    try:
+        _refuse_misread_names(url)
+    except StorageError:
+        return False
+    return True
 
 
 def printable(url: str) -> str:
@@ -167,12 +171,8 @@ def read_bytes(url: str) -> bytes:
     scheme, path = split(url)
     # In one request: s3fs would first ask for the size, and gives up sooner where that is answered with "slow down".
     options = {"max_concurrency": 1} if scheme == "s3" else {}
-    try:
+    with _explained(url, absence=False):
         return _fsspec(scheme).cat_file(path, **options)
-    except Exception as error:
-        if isinstance(error, FileNotFoundError) or getattr(error, "errno", None) in NOTHING_THERE:
-            raise FileNotFoundError(f"{url} does not exist") from error
-        raise explanation(url, error) from error
 
 
 def open_input(url: str) -> IO[bytes]:
@@ -182,12 +182,8 @@ def open_input(url: str) -> IO[bytes]:
         FileNotFoundError, StorageError: as `read_bytes`.
     """
     scheme, path = split(url)
-    try:
+    with _explained(url, absence=False):
         return _fsspec(scheme).open(path, "rb")
-    except Exception as error:
-        if isinstance(error, FileNotFoundError) or getattr(error, "errno", None) in NOTHING_THERE:
-            raise FileNotFoundError(f"{url} does not exist") from error
-        raise explanation(url, error) from error
 
 
 def write_bytes(url: str, data: bytes) -> None:
@@ -230,12 +226,12 @@ def write_json(url: str, document: Any) -> None:
 def exists(url: str) -> bool:
     """Whether an object, or anything below a prefix, is there."""
     scheme, path = split(url)
-    with _explained(url):
-        try:
+    try:
+        with _explained(url, absence=False):
             _fsspec(scheme).info(path)  # not exists(): that says no where a bucket cannot be reached
-        except FileNotFoundError:
-            return False
-        return True
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def list_objects(url: str) -> Iterator[StoredObject]:
@@ -290,12 +286,8 @@ def stat(url: str) -> StoredObject:
         StorageError: if the store cannot say.
     """
     scheme, path = split(url)
-    try:
+    with _explained(url, absence=False):
         info = _fsspec(scheme).info(path)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{url} does not exist") from error
-    except Exception as error:
-        raise explanation(url, error) from error
     return StoredObject(url=url, size=int(info["size"] or 0), version=_version(info))
 
 
@@ -367,12 +359,16 @@ def _version(info: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _explained(url: str) -> Iterator[None]:
+def _explained(url: str, *, absence: bool = True) -> Iterator[None]:
+    """A `with` block whose errors become a StorageError; that nothing is there only if `absence` is to be explained."""
     try:
         yield
     except PipelineError:
         raise
     except Exception as error:
+        nothing_there = isinstance(error, FileNotFoundError) or getattr(error, "errno", None) in NOTHING_THERE
+        if nothing_there and not absence:
+            raise FileNotFoundError(f"{url} does not exist") from error
         raise explanation(url, error) from error
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
@@ -19,6 +19,7 @@ from pipeline.prediction import InferenceConfig, predictor_of
 from pipeline.progress import Progress, Reporter, announce
 from pipeline.run_record import RunRecord, finished_record, record_run, refuse_other_work
 from pipeline.sample_stream import FEEDING_CPUS
+from pipeline.training_log import PICTURES_FOLDER, TENSORBOARD_FOLDER
 from pipeline.transforms import AugmentationConfig
 from rssnet import LossConfig, RSSNet, RSSNetConfig, RSSNetLoss, parameter_groups, poly_with_warmup
 
@@ -41,6 +42,9 @@ class OptimizerConfig:
         warmup_lr: learning rate that the rise starts from.
         power: exponent of the polynomial decay.
         clip_grad_norm: largest norm of the gradient, beyond which it is scaled down; 0 is off.
+        accumulation: parts that a worker computes its share of the batch in, one after the other, to save memory.
+        ema_decay: of an exponential moving average of the weights, e.g. 0.9998, which is then what is validated and
+            kept as the model; 0 is off.
     """
 
     lr: float = 3e-5
@@ -51,6 +55,8 @@ class OptimizerConfig:
     warmup_lr: float = 1e-6
     power: float = 1.0
     clip_grad_norm: float = 0.0
+    accumulation: int = 1
+    ema_decay: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -62,12 +68,16 @@ class ResourcesConfig:
         use_gpu: one GPU for each worker.
         cpus_per_worker: CPUs that Ray reserves for each worker; rounded up, its number of threads.
         max_failures: how often a failed worker group is started again from its last checkpoint.
+        compile: let torch.compile make the forward and backward pass faster, after minutes of compiling.
+        channels_last: lay images and weights out as convolutions on GPUs like them.
     """
 
     workers: int = 1
     use_gpu: bool = False
     cpus_per_worker: float = 1.0
     max_failures: int = 2
+    compile: bool = False
+    channels_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,8 @@ class TrainConfig:
         inference: how validation applies the model to whole images.
         iterations: optimizer steps.
         batch_size: images per step, over all workers.
+        precision: fp32, or bf16 for bfloat16 autocast in the forward pass.
+        nonfinite_limit: steps in a row without a finite gradient, each of which is skipped, that end the training.
         evaluate_every: iterations between validations.
         checkpoint_every: iterations between checkpoints.
         train_split: split to train on.
@@ -102,6 +114,8 @@ class TrainConfig:
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     iterations: int = 80_000
     batch_size: int = 16
+    precision: Literal["fp32", "bf16"] = "fp32"
+    nonfinite_limit: int = 10
     evaluate_every: int = 4000
     checkpoint_every: int = 1000
     train_split: str = "train"
@@ -127,7 +141,7 @@ def train(config: TrainConfig) -> RunRecord:
             announce(f"already trained: {config.run} ({scores_text(finished.results)})")
             return finished
         refuse_other_work(config.run, "train", config, inputs, resumes=True)
-    outputs = [CHECKPOINTS_FOLDER, MODEL_FOLDER, HISTORY_FILE]
+    outputs = [CHECKPOINTS_FOLDER, MODEL_FOLDER, HISTORY_FILE, TENSORBOARD_FOLDER, PICTURES_FOLDER]
     with connected():
         require_resources(config.resources)
         with record_run(config.run, "train", config, inputs, outputs, keep=not config.new) as record:
@@ -135,7 +149,7 @@ def train(config: TrainConfig) -> RunRecord:
                 fit(config, reporter=progress.reporter)
             history = storage.read_json(storage.join(config.run, HISTORY_FILE))
             split = data.split(config.train_split)
-            record.counts = {"iterations": config.iterations, "images": split.rows}
+            record.counts = {"iterations": config.iterations, "skipped": len(history["skipped"]), "images": split.rows}
             record.results = history["validation"][-1]
     announce(f"trained {config.run}/{MODEL_FOLDER} ({scores_text(record.results)})")
     return record
@@ -149,14 +163,17 @@ def completed(config: TrainConfig, data: SegmentationDataset) -> TrainConfig:
     """
     for split in (config.train_split, config.val_split):
         data.require_labels(split)
-    for name in ("iterations", "batch_size", "evaluate_every", "checkpoint_every"):
+    for name in ("iterations", "batch_size", "evaluate_every", "checkpoint_every", "nonfinite_limit"):
         if getattr(config, name) < 1:
             raise PipelineError(f"{name} is {getattr(config, name)}: give 1 or more.")
-    workers = config.resources.workers
-    if workers < 1 or config.batch_size % workers:
+    workers, accumulation = config.resources.workers, config.optimizer.accumulation
+    if workers < 1 or accumulation < 1 or config.batch_size % (workers * accumulation):
         raise PipelineError(
-            f"batch_size {config.batch_size} cannot be shared evenly by {workers} workers: make it a multiple of them."
+            f"batch_size {config.batch_size} cannot be shared evenly by resources.workers {workers} times "
+            f"optimizer.accumulation {accumulation}: make it a multiple of both."
         )
+    if not 0 <= config.optimizer.ema_decay < 1:
+        raise PipelineError(f"optimizer.ema_decay is {config.optimizer.ema_decay}: give 0 or more, and less than 1.")
     classes = len(data.classes)
     if config.model.num_classes not in (None, classes):
         raise PipelineError(
@@ -180,7 +197,8 @@ def build_optimizer(
     """The optimizer and the learning rate schedule of a run; ValueError for settings that cannot serve."""
     options = config.optimizer
     groups = parameter_groups(model, options.lr, options.weight_decay, options.layer_decay, options.decoder_lr_scale)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=on_gpu)
     warmup = min(options.warmup_iterations, config.iterations - 1)
     return optimizer, poly_with_warmup(optimizer, config.iterations, warmup, options.warmup_lr, options.power)
 

@@ -8,6 +8,7 @@ Shapes: B images of (H, W) pixels, K classes, d channels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -19,6 +20,13 @@ from .config import LossConfig
 from .decoder import RSSNetOutput
 from .separation import SeparationWeights
 
+Normalizer = Callable[[Tensor], Tensor]
+
+
+def alone(count: Tensor) -> Tensor:
+    """The normaliser of a batch that no other worker has a part of: what there is to average over is what is here."""
+    return count
+
 
 class RSSNetLoss(nn.Module):
     """The training loss: cross-entropy, and every supervision that the model's output has something for.
@@ -26,12 +34,15 @@ class RSSNetLoss(nn.Module):
     Args:
         config: Weights and options.
         num_classes: K.
+        normalizer: What to divide sums by, given a worker's own count of pixels, classes or regions: where workers
+            share a batch and average their gradients, the mean count over workers makes that the gradient of the whole
+            batch. (`hardest_fraction` still takes the hardest of each worker's part.)
 
     Raises:
         ValueError: class weights that are not one per class, or an ignored label that is a class.
     """
 
-    def __init__(self, config: LossConfig, num_classes: int) -> None:
+    def __init__(self, config: LossConfig, num_classes: int, normalizer: Normalizer = alone) -> None:
         super().__init__()
         if config.class_weights is not None and len(config.class_weights) != num_classes:
             raise ValueError(
@@ -43,6 +54,7 @@ class RSSNetLoss(nn.Module):
             )
         self.config = config
         self.num_classes = num_classes
+        self.normalizer = normalizer
         weights = None if config.class_weights is None else torch.tensor(config.class_weights)
         self.register_buffer("class_weights", weights, persistent=False)
 
@@ -93,13 +105,13 @@ class RSSNetLoss(nn.Module):
             scales["auxiliary"] = config.auxiliary
             if auxiliary.attention:
                 shares = class_shares(labels, self.num_classes, auxiliary.attention[0].shape[-2:])
-                masks = [attention_losses(attention, shares) for attention in auxiliary.attention]
+                masks = [attention_losses(attention, shares, self.normalizer) for attention in auxiliary.attention]
                 parts["attention_bce"] = torch.stack([bce for bce, _ in masks]).mean()
                 parts["attention_dice"] = torch.stack([dice for _, dice in masks]).mean()
                 scales["attention_bce"], scales["attention_dice"] = config.attention_bce, config.attention_dice
                 present = shares.sum(dim=(2, 3)) > 0  # (B, K)
                 parts["region_classification"] = torch.stack(
-                    [presence_loss(presence, present) for presence in auxiliary.presence]
+                    [presence_loss(presence, present, self.normalizer) for presence in auxiliary.presence]
                 ).mean()
                 scales["region_classification"] = config.region_classification
             if auxiliary.pixels is not None:
@@ -107,7 +119,7 @@ class RSSNetLoss(nn.Module):
                 prototypes, present = class_prototypes(pixels, labels, self.num_classes)
                 parts["region_separation"] = torch.stack(
                     [
-                        region_separation_loss(regions, prototypes, present, config.temperature)
+                        region_separation_loss(regions, prototypes, present, config.temperature, self.normalizer)
                         for regions in auxiliary.regions
                     ]
                 ).mean()
@@ -115,7 +127,7 @@ class RSSNetLoss(nn.Module):
             if auxiliary.separation is not None and config.separation_supervision > 0:
                 ratio = auxiliary.separation.gate.shape[1] // auxiliary.deep_logits.shape[-2]
                 parts["separation_supervision"] = separation_supervision_loss(
-                    auxiliary.separation, labels, self.num_classes, ratio
+                    auxiliary.separation, labels, self.num_classes, ratio, self.normalizer
                 )
                 scales["separation_supervision"] = config.separation_supervision
         return parts, scales
@@ -128,6 +140,7 @@ class RSSNetLoss(nn.Module):
             class_weights=self.class_weights,
             label_smoothing=self.config.label_smoothing,
             hardest_fraction=self.config.hardest_fraction,
+            normalizer=self.normalizer,
         )
 
 
@@ -136,6 +149,13 @@ def _full_precision(device: torch.device) -> AbstractContextManager[object]:
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def _average(total: Tensor, count: Tensor, normalizer: Normalizer) -> Tensor:
+    """A sum divided by what it is averaged over; zero where there is nothing."""
+    count = normalizer(count.to(total.dtype))
+    # Dividing by a tiny number instead would make the gradient of a scaled loss infinite times zero.
+    return total / torch.where(count > 0, count, 1)
 
 
 def check_labels(labels: Tensor, num_classes: int, ignore_index: int = 255) -> None:
@@ -182,6 +202,7 @@ def cross_entropy(
     class_weights: Tensor | None = None,
     label_smoothing: float = 0.0,
     hardest_fraction: float = 1.0,
+    normalizer: Normalizer = alone,
 ) -> Tensor:
     """Cross-entropy at the labels' resolution, averaged over valid pixels; zero when there is none.
 
@@ -192,6 +213,7 @@ def cross_entropy(
         class_weights: (K,); the average is then weighted too.
         label_smoothing: Share of the target spread evenly over classes.
         hardest_fraction: Share of the valid pixels, those with the largest loss, that count.
+        normalizer: As for `RSSNetLoss`, here and below.
     """
     logits = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear")
     losses = F.cross_entropy(
@@ -210,9 +232,7 @@ def cross_entropy(
         kept = _hardest(losses.detach().masked_fill(~valid, -1.0).flatten(), valid.sum() * hardest_fraction)
         kept = kept.reshape(losses.shape)
         losses, weights = losses * kept, weights * kept
-    total = weights.sum()
-    # Dividing by a tiny number instead would make the gradient of a scaled loss infinite times zero.
-    return losses.sum() / torch.where(total > 0, total, 1)
+    return _average(losses.sum(), weights.sum(), normalizer)
 
 
 def _hardest(losses: Tensor, count: Tensor) -> Tensor:
@@ -250,7 +270,7 @@ def class_shares(labels: Tensor, num_classes: int, size: torch.Size | tuple[int,
     return (counts.reshape(batch, num_classes, rows * columns) / area).reshape(batch, num_classes, rows, columns)
 
 
-def attention_losses(attention: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+def attention_losses(attention: Tensor, shares: Tensor, normalizer: Normalizer = alone) -> tuple[Tensor, Tensor]:
     """How far attention, read as masks of classes, is from the classes.
 
     Args:
@@ -265,17 +285,17 @@ def attention_losses(attention: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]
     valid = shares.sum(dim=1, keepdim=True)  # (B, 1, h, w), from 0 to 1
     # valid * bce(attention, shares / valid), without the division.
     bce = (valid * F.softplus(attention) - shares * attention).sum()
-    bce = bce / (valid.sum() * attention.shape[1]).clamp(min=1)
+    bce = _average(bce, valid.sum() * attention.shape[1], normalizer)
 
     masks = valid * attention.sigmoid()
     overlap = (masks * shares).sum(dim=(2, 3))
     total = masks.sum(dim=(2, 3)) + shares.sum(dim=(2, 3))
     present = (shares.sum(dim=(2, 3)) > 0).to(overlap.dtype)
     dice = 1 - 2 * overlap / total.clamp(min=torch.finfo(total.dtype).eps)
-    return bce, (dice * present).sum() / present.sum().clamp(min=1)
+    return bce, _average((dice * present).sum(), present.sum(), normalizer)
 
 
-def presence_loss(presence: Tensor, present: Tensor) -> Tensor:
+def presence_loss(presence: Tensor, present: Tensor, normalizer: Normalizer = alone) -> Tensor:
     """Binary cross-entropy of which classes are in each image; images without a valid pixel don't count.
 
     Args:
@@ -284,7 +304,7 @@ def presence_loss(presence: Tensor, present: Tensor) -> Tensor:
     """
     labelled = present.any(dim=1, keepdim=True).expand_as(present).float()
     losses = F.binary_cross_entropy_with_logits(presence.float(), present.float(), reduction="none")
-    return (losses * labelled).sum() / labelled.sum().clamp(min=1)
+    return _average((losses * labelled).sum(), labelled.sum(), normalizer)
 
 
 def class_prototypes(pixels: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -306,7 +326,9 @@ def class_prototypes(pixels: Tensor, labels: Tensor, num_classes: int) -> tuple[
     return means, counts > 0
 
 
-def region_separation_loss(regions: Tensor, prototypes: Tensor, present: Tensor, temperature: float) -> Tensor:
+def region_separation_loss(
+    regions: Tensor, prototypes: Tensor, present: Tensor, temperature: float, normalizer: Normalizer = alone
+) -> Tensor:
     """InfoNCE on cosines: each region is pulled to its own class's pixels and pushed from those of other classes.
 
     Args:
@@ -318,10 +340,12 @@ def region_separation_loss(regions: Tensor, prototypes: Tensor, present: Tensor,
     cosine = F.normalize(regions.float(), dim=-1) @ F.normalize(prototypes.float(), dim=-1).transpose(1, 2)
     similarity = (cosine / temperature).masked_fill(~present[:, None, :], torch.finfo(cosine.dtype).min)
     own = -similarity.log_softmax(dim=-1).diagonal(dim1=1, dim2=2)  # (B, K)
-    return own.masked_fill(~present, 0).sum() / present.sum().clamp(min=1)
+    return _average(own.masked_fill(~present, 0).sum(), present.sum(), normalizer)
 
 
-def separation_supervision_loss(weights: SeparationWeights, labels: Tensor, num_classes: int, ratio: int) -> Tensor:
+def separation_supervision_loss(
+    weights: SeparationWeights, labels: Tensor, num_classes: int, ratio: int, normalizer: Normalizer = alone
+) -> Tensor:
     """Tells SASM what to compose fine locations of: tokens of their own class.
 
     The share of the composition that is not on the location's class, averaged over the fine locations whose window
@@ -350,4 +374,4 @@ def separation_supervision_loss(weights: SeparationWeights, labels: Tensor, num_
     composition = composition.transpose(2, 3).reshape(batch, *grid, ratio**2, groups, window)
     shares_of_own = (composition * same[..., None, :]).sum(dim=-1)  # (B, h, w, r*r, g)
     losses = (1 - shares_of_own).clamp(min=0).mean(dim=-1)
-    return (losses * mixed).sum() / mixed.sum().clamp(min=1)
+    return _average((losses * mixed).sum(), mixed.sum(), normalizer)

@@ -38,6 +38,14 @@ LIMITS = {
     "peak_memory_ratio": 0.25,
     "sasm_peak_maps": 4.0,
 }
+# The default first; it is what must keep the limit.
+SASM_OPTIONS: tuple[dict[str, Any], ...] = (
+    {"form": "conv", "kernel_size": 3, "groups": 1},
+    {"form": "conv", "kernel_size": 5, "groups": 1},
+    {"form": "conv", "kernel_size": 3, "groups": 8},
+    {"form": "affinity", "kernel_size": 3, "groups": 1},
+    {"form": "plain", "kernel_size": 3, "groups": 1},
+)
 
 
 @dataclass(frozen=True)
@@ -143,7 +151,7 @@ def sasm_peak(width: int, ratio: int = 2, **options: Any) -> float:
         width=width,
         local_width=width,
         ratio=ratio,
-        **{"kernel_size": 3, "groups": 1, "max_gate": 1.0, "gate_bias": -3.0, "form": "conv"} | options,
+        **{"kernel_size": 3, "max_gate": 1.0, "gate_bias": -3.0} | options,
     )
     deep = torch.randn(1, width, 32, 32).contiguous(memory_format=torch.channels_last).requires_grad_()
     local, gradient = (
@@ -270,9 +278,9 @@ def measure_on_cpu() -> dict[str, list[dict[str, Any]]]:
         for backbone in (BEIT_L, VIT_S)
     ]
     separation = [
-        {"width": width, "form": form, "groups": groups, "sasm_peak_maps": sasm_peak(width, form=form, groups=groups)}
+        {"width": width, **options, "sasm_peak_maps": sasm_peak(width, **options)}
         for width in (256, 128, 64)
-        for form, groups in (("conv", 1), ("conv", 8), ("affinity", 1), ("plain", 1))
+        for options in SASM_OPTIONS
     ]
     return {
         "Parameters and FLOPs, one image, K = 150": sizes,
@@ -304,7 +312,7 @@ def verdicts(tables: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
             LIMITS["peak_memory_ratio"],
         )
     for row in separation:
-        if (row["form"], row["groups"]) == ("conv", 1):
+        if {name: row[name] for name in SASM_OPTIONS[0]} == SASM_OPTIONS[0]:
             add(f"SASM's peak in maps, d = {row['width']}", row["sasm_peak_maps"], LIMITS["sasm_peak_maps"])
     return rows
 

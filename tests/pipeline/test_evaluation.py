@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,15 @@ import torch
 from PIL import Image
 
 from pipeline import dataset, storage
+from pipeline.corruptions import corrupted
 from pipeline.errors import PipelineError
-from pipeline.evaluation import EvaluateConfig, confusion_matrix, evaluate
+from pipeline.evaluation import EvaluateConfig, evaluate
 from pipeline.images import decode_label, decode_photograph, encode_png
 from pipeline.parquet_sink import write_table
 from pipeline.prediction import InferenceConfig, load_predictor
+from pipeline.scoring import confusion_matrix
 from rssnet.classes import Classes
+from rssnet.metrics import BoundaryIoU
 
 NUM_CLASSES = 6
 IMAGES = 7
@@ -72,7 +76,9 @@ def evaluated(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> EvaluateConfig:
     out = str(tmp_path_factory.mktemp("evaluated"))
-    config = EvaluateConfig(tiny_model, data, out, workers=2, cpus_per_worker=0.5, batch_size=2)
+    config = EvaluateConfig(
+        tiny_model, data, out, corruptions="fog, contrast", workers=2, cpus_per_worker=0.5, batch_size=2
+    )
     evaluate(config)
     return config
 
@@ -179,3 +185,49 @@ def test_a_dataset_of_other_classes_is_refused(tiny_model, tmp_path):
     fewer = _write_dataset(str(tmp_path / "b"), Classes.default(5))
     with pytest.raises(PipelineError, match=r"has 6 classes, the dataset .* has 5"):
         evaluate(dataclasses.replace(config, dataset=fewer))
+
+
+def test_boundaries_are_scored_as_one_process_scores_them(evaluated, tiny_model, data):
+    predictor = load_predictor(tiny_model, InferenceConfig())
+    metric = BoundaryIoU(NUM_CLASSES)
+    for row in dataset.open(data).rows("val"):
+        (prediction,) = predictor([torch.tensor(decode_photograph(row["image"])).permute(2, 0, 1)])
+        metric.update(prediction.class_map, torch.tensor(decode_label(row["label"])))
+    scores = _read(evaluated, "scores.json")
+    assert scores["boundary_miou"] == pytest.approx(metric.scores().miou, abs=0.005)
+    found = [row["boundary_iou"] for row in scores["classes"][:-1]]
+    np.testing.assert_allclose(found, metric.scores().iou[:-1], atol=0.005)
+
+
+def test_corrupted_images_are_scored_by_kind_and_severity(evaluated, tiny_model, data):
+    scores = _read(evaluated, "scores.json")
+    found = scores["corruptions"]
+    assert [row["kind"] for row in found["kinds"]] == ["fog", "contrast"]
+    predictor = load_predictor(tiny_model, InferenceConfig())
+    for row in found["kinds"]:
+        counts = np.zeros((NUM_CLASSES, NUM_CLASSES), np.int64)
+        for image in dataset.open(data).rows("val"):
+            seed = zlib.crc32(f"{image['image_id']}:{row['kind']}".encode())
+            spoilt = corrupted(decode_photograph(image["image"]), row["kind"], 5, seed)
+            (prediction,) = predictor([torch.tensor(spoilt).permute(2, 0, 1)])
+            label = decode_label(image["label"])
+            known = label != dataset.IGNORE_LABEL
+            np.add.at(counts, (label[known], prediction.class_map.numpy()[known]), 1)
+        assert row["miou"][4] == pytest.approx(_miou(counts), abs=0.005)
+        assert row["mean"] == pytest.approx(np.mean(row["miou"]))
+    assert found["mean_miou"] == pytest.approx(np.mean([row["miou"] for row in found["kinds"]]))
+    assert found["retention"] == pytest.approx(found["mean_miou"] / scores["miou"])
+
+
+@pytest.mark.parametrize("name", ["confusion.png", "worst.png", "corruptions.png"])
+def test_pictures_are_drawn(evaluated, name):
+    picture = np.asarray(Image.open(Path(evaluated.out, name)).convert("RGB"))
+    assert min(picture.shape[:2]) > 200
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
+
+
+def test_an_unknown_corruption_is_refused(tiny_model, data, tmp_path):
+    config = EvaluateConfig(tiny_model, data, str(tmp_path / "out"), corruptions="noise,rain")
+    with pytest.raises(PipelineError, match="The corruption 'rain' is not known: give some of gaussian_noise, "):
+        evaluate(config)
+    assert not (tmp_path / "out").exists()

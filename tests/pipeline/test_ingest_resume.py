@@ -159,6 +159,18 @@ def test_a_killed_ingest_is_completed_by_the_next(
     assert capsys.readouterr().out.startswith("already ingested")
 
 
+def test_what_a_killed_attempt_wrote_and_no_other_would_is_deleted(killed: Killed, undisturbed: str) -> None:
+    written = next(Path(killed.url).glob("train/part-*.parquet"))
+    for folder in ("val", "_rejects"):
+        stranger = Path(killed.url, folder, written.name.rpartition("-")[0] + "-000777.parquet")
+        stranger.parent.mkdir(exist_ok=True)
+        shutil.copy(written, stranger)
+    ingest(killed.config)
+    assert ids(killed.url) == ids(undisturbed)
+    assert_nothing_stale(killed.url)
+    assert sorted(path.name for path in Path(killed.url, "_rejects").iterdir()) == ["part-unpaired.parquet"]
+
+
 def test_a_source_that_has_changed_since_the_kill_is_read_anew(
     killed: Killed, undisturbed: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

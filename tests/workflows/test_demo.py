@@ -53,6 +53,7 @@ def test_ctrl_c_stops_ray_and_the_s3_server(tmp_path: Path) -> None:
 
 
 @pytest.mark.camvid
+@pytest.mark.heavy
 @pytest.mark.timeout(1800)
 def test_camvid_to_its_end_and_a_second_time(camvid: Path, tmp_path: Path) -> None:
     command = [sys.executable, "workflows/demo.py", "--data", str(camvid), "--output", str(tmp_path)]

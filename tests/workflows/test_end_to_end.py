@@ -33,10 +33,10 @@ def test_finished_stages_are_skipped_and_a_deleted_one_runs_again_with_those_aft
         assert f"already {stage}" in said
     assert "[3/6] evaluate" in said
 
-    storage.delete("s3://test/end-to-end/evaluate")
+    storage.delete("s3://test/end-to-end/segment")
     third = end_to_end(config)
     rerun = [name for name in STAGES if third[name].run_id != first[name].run_id]
-    assert rerun == ["evaluate", "sweep", "segment", "report"]
+    assert rerun == ["segment", "report"]
 
 
 def test_a_later_stage_s_bad_configuration_is_refused_before_the_first_begins(tiny: TinyChain) -> None:

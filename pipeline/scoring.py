@@ -1,0 +1,163 @@
+"""What is counted of each labelled image: true against predicted classes, boundaries, and the same under corruption.
+
+Counts of any images, from any workers, add up to exactly what one process would have counted.
+"""
+
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from pipeline import corruptions, dataset
+from pipeline.images import decode_label, decode_photograph
+from pipeline.prediction import InferenceConfig, PredictorActor
+from rssnet.inference import Predictor
+from rssnet.metrics import BoundaryIoU, ConfusionMatrix
+
+COLUMNS = ("image_id", "image", "label")  # of a dataset's row, what is read
+IMAGE_SCORES = pa.schema(
+    [("image_id", pa.string()), ("miou", pa.float64()), ("aacc", pa.float64()), ("pixels", pa.int64())]
+)
+
+_COUNTS = pa.list_(pa.list_(pa.int64()))
+_BATCH = pa.schema(
+    [
+        ("confusion", _COUNTS),
+        ("boundary", _COUNTS),
+        ("corrupted", pa.list_(_COUNTS)),
+        ("images", pa.list_(pa.struct(list(IMAGE_SCORES)))),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A natural corruption at a severity of 1 to 5 (pipeline.corruptions)."""
+
+    kind: str
+    severity: int
+
+
+class Counts:
+    """Everything that is counted of some images.
+
+    Args:
+        num_classes: K.
+        conditions: corruptions that the images are scored under beside the clean ones.
+
+    Attributes:
+        confusion: of the clean images, as `boundary`.
+        corrupted: (conditions, 3, K) pixels per class that are right, true, and predicted.
+        images: the scores of each clean image.
+    """
+
+    def __init__(self, num_classes: int, conditions: Sequence[Condition] = ()) -> None:
+        self.conditions = tuple(conditions)
+        self.confusion = ConfusionMatrix(num_classes, dataset.IGNORE_LABEL)
+        self.boundary = BoundaryIoU(num_classes, dataset.IGNORE_LABEL)
+        self.corrupted = np.zeros((len(self.conditions), 3, num_classes), np.int64)
+        self.images: list[dict[str, Any]] = []
+
+    def add(self, rows: Sequence[dict[str, Any]], predictor: Predictor) -> None:
+        """Predict the images of some rows and count."""
+        photographs = [decode_photograph(row["image"]) for row in rows]
+        labels = [torch.from_numpy(decode_label(row["label"]).copy()) for row in rows]
+        for row, found, label in zip(rows, _class_maps(predictor, photographs), labels, strict=True):
+            confusion = self._confusion(found, label)
+            scores = confusion.scores()
+            self.confusion.merge(confusion)
+            self.boundary.update(found, label)
+            self.images.append(
+                {
+                    "image_id": row["image_id"],
+                    "miou": scores.miou,
+                    "aacc": scores.aacc,
+                    "pixels": int(confusion.counts.sum()),
+                }
+            )
+        for counts, condition in zip(self.corrupted, self.conditions, strict=True):
+            spoilt = [
+                corruptions.corrupted(photograph, condition.kind, condition.severity, _seed(row["image_id"], condition))
+                for row, photograph in zip(rows, photographs, strict=True)
+            ]
+            for found, label in zip(_class_maps(predictor, spoilt), labels, strict=True):
+                matrix = self._confusion(found, label).counts.numpy()
+                counts += matrix.diagonal(), matrix.sum(1), matrix.sum(0)
+
+    def to_row(self) -> dict[str, Any]:
+        """As a row of the batches that workers return."""
+        return {
+            "confusion": self.confusion.to_list(),
+            "boundary": self.boundary.to_list(),
+            "corrupted": self.corrupted.tolist(),
+            "images": self.images,
+        }
+
+    def add_row(self, row: dict[str, Any]) -> None:
+        """Add what `to_row` made of others' counts of the same classes and conditions."""
+        self.confusion.merge(ConfusionMatrix.from_list(row["confusion"], dataset.IGNORE_LABEL))
+        self.boundary.merge(BoundaryIoU.from_list(row["boundary"], dataset.IGNORE_LABEL))
+        self.corrupted += np.array(row["corrupted"], np.int64).reshape(self.corrupted.shape)
+        self.images += row["images"]
+
+    def corrupted_miou(self) -> list[float]:
+        """The mIoU under each condition; nan where no class has any pixel."""
+        right, true, predicted = np.moveaxis(self.corrupted, 1, 0)
+        union = true + predicted - right
+        return [
+            float(np.mean(hits[whole > 0] / whole[whole > 0])) if whole.any() else float("nan")
+            for hits, whole in zip(right, union, strict=True)
+        ]
+
+    def _confusion(self, found: torch.Tensor, label: torch.Tensor) -> ConfusionMatrix:
+        confusion = ConfusionMatrix(self.confusion.num_classes, dataset.IGNORE_LABEL)
+        confusion.update(found, label)
+        return confusion
+
+
+class Scorer(PredictorActor):
+    """Batches of rows of a dataset to a row of counts each, as Ray Data maps it."""
+
+    def __init__(self, model_url: str, inference: InferenceConfig, conditions: Sequence[Condition]) -> None:
+        super().__init__(model_url, inference)
+        self.conditions = conditions
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Tables with `COLUMNS` to tables of one row, for `Counts.add_row`."""
+        counts = Counts(self.predictor.model.config.num_classes, self.conditions)
+        counts.add(batch.to_pylist(), self.predictor)
+        return pa.Table.from_pylist([counts.to_row()], schema=_BATCH)
+
+
+def confusion_matrix(
+    predictor: Predictor, rows: Iterable[dict[str, Any]], num_classes: int, batch_size: int = 4
+) -> ConfusionMatrix:
+    """The confusion matrix of a predictor over rows of a dataset, in this process.
+
+    Args:
+        predictor: gives class maps of full size.
+        rows: dicts with the `image` and `label` of `pipeline.dataset.SCHEMA`; read once, `batch_size` at a time.
+        num_classes: number of classes.
+        batch_size: images given to the predictor at once.
+    """
+    total = ConfusionMatrix(num_classes, dataset.IGNORE_LABEL)
+    waiting = iter(rows)
+    while batch := list(islice(waiting, batch_size)):
+        found = _class_maps(predictor, [decode_photograph(row["image"]) for row in batch])
+        for row, class_map in zip(batch, found, strict=True):
+            total.update(class_map, torch.from_numpy(decode_label(row["label"]).copy()))
+    return total
+
+
+def _class_maps(predictor: Predictor, photographs: Sequence[np.ndarray]) -> Iterator[torch.Tensor]:
+    images = [torch.from_numpy(photograph.copy()).permute(2, 0, 1) for photograph in photographs]
+    return (prediction.class_map for prediction in predictor(images))
+
+
+def _seed(image_id: str, condition: Condition) -> int:
+    return zlib.crc32(f"{image_id}:{condition.kind}".encode())  # the severities of a kind share their draws

@@ -1,0 +1,132 @@
+"""One optimizer step of a training worker: precision, accumulation, clipping, steps that are skipped, averaged weights.
+
+Nothing here knows Ray; workers that share a batch are told of through torch.distributed, where it is initialized.
+"""
+
+import contextlib
+import math
+from typing import Any
+
+import torch
+import torch.distributed
+from timm.utils.model_ema import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from rssnet.losses import RSSNetLoss
+
+
+class TrainStep:
+    """Updates a model, batch after batch.
+
+    A step whose gradient is not finite is skipped: weights, moments and averages stay as they are, and only the
+    schedule goes on. The gradient is that of the whole batch after all workers have shared theirs, so they all skip.
+
+    Args:
+        model: on its device; what is saved and evaluated.
+        parallel: what the batch goes through: the model, or a wrapper of it such as DistributedDataParallel.
+        criterion: of the model's output and labels.
+        optimizer, schedule: stepped once per batch.
+        precision: `bf16` for autocast in the forward pass.
+        accumulation: parts that a batch is computed in, one after the other, to save memory. Each part is averaged
+            over its own pixels, as each batch is.
+        clip_grad_norm: largest norm of the gradient, beyond which it is scaled down; 0 is off.
+        ema_decay: of the exponential moving average of the weights; 0 is off.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parallel: nn.Module,
+        criterion: RSSNetLoss,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+        precision: str = "fp32",
+        accumulation: int = 1,
+        clip_grad_norm: float = 0.0,
+        ema_decay: float = 0.0,
+    ) -> None:
+        self.model, self.parallel, self.criterion = model, parallel, criterion
+        self.optimizer, self.schedule = optimizer, schedule
+        self.precision, self.accumulation, self.clip_grad_norm = precision, accumulation, clip_grad_norm
+        self.average = ModelEmaV3(model, decay=ema_decay, use_warmup=True) if ema_decay else None
+        self.iteration = self.skipped = self.skipped_in_a_row = 0
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model to evaluate and to keep: the average, where there is one."""
+        return self.average.module if self.average is not None else self.model
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Update the model once.
+
+        Args:
+            images: (B, 3, H, W), normalised.
+            labels: (B, H, W).
+
+        Returns:
+            The loss, of this worker's batch alone; on its device, so that asking for its value is the caller's choice.
+
+        Raises:
+            ValueError: for labels that the criterion refuses.
+        """
+        self.parallel.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = []
+        parts = list(zip(images.chunk(self.accumulation), labels.chunk(self.accumulation), strict=True))
+        for number, (part, truth) in enumerate(parts, start=1):
+            with self._gradients_kept_back(number < len(parts)):
+                with torch.autocast(part.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                    output = self.parallel(part)
+                loss = self.criterion(output, truth)["loss"] / len(parts)
+                loss.backward()
+            losses.append(loss.detach())
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = get_total_norm(gradients)
+        if math.isfinite(float(norm)):  # the one time that a step waits for its device
+            if self.clip_grad_norm:
+                clip_grads_with_norm_(self.model.parameters(), self.clip_grad_norm, norm)
+            self.optimizer.step()
+            self.skipped_in_a_row = 0
+            if self.average is not None:
+                self.average.update(self.model, step=self.iteration + 1 - self.skipped)
+        else:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+        self.schedule.step()
+        self.iteration += 1
+        return torch.stack(losses).sum()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a later process needs to go on as if it were this one."""
+        return {
+            "model": self.model.state_dict(),
+            "average": None if self.average is None else self.average.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "iteration": self.iteration,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.module.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        for name in ("iteration", "skipped", "skipped_in_a_row"):
+            setattr(self, name, state[name])
+
+    def _gradients_kept_back(self, kept: bool) -> contextlib.AbstractContextManager[None]:
+        """Workers share their gradients once per batch, at its last part."""
+        no_sync = getattr(self.parallel, "no_sync", None)  # of DistributedDataParallel, compiled or not
+        return no_sync() if kept and no_sync else contextlib.nullcontext()
+
+
+def mean_over_workers(count: Tensor) -> Tensor:
+    """The normaliser (`rssnet.losses.Normalizer`) of workers that average their gradients."""
+    count = count.detach().clone()
+    torch.distributed.all_reduce(count)
+    return count / torch.distributed.get_world_size()
