@@ -4,7 +4,7 @@ DATA ?=
 OUTPUT ?= demo-output
 BIN := .venv/bin
 
-.PHONY: install demo test test-heavy lint types format bench-model bench-ablation bench-ingest gpu clean
+.PHONY: install demo test test-heavy lint types format presets bench-model bench-ablation bench-ingest gpu clean
 
 install: .venv/installed
 
@@ -35,6 +35,10 @@ types: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The benchmarks' presets, from the table in pipeline/recipes.py.
+presets: install
+	$(BIN)/python -m pipeline.recipes workflows/presets
 
 # Benchmarks write their tables to tests/benchmarks/results/. DATA is the CamVid folder.
 bench-model: install
