@@ -62,8 +62,9 @@ class UPerNetHead(nn.Module):
         assert config.num_classes is not None
         width = config.decoder_width or UPERNET_WIDTH
         taps = layout.quarters
-        self.to_pyramid = nn.ModuleList(_rescale(tap.channels, level) for level, tap in enumerate(taps))
-        if not layout.is_plain:
+        if layout.is_plain:
+            self.to_pyramid = nn.ModuleList(_rescale(tap.channels, level) for level, tap in enumerate(taps))
+        else:
             self.to_pyramid = nn.ModuleList(LayerNorm2d(tap.channels) for tap in taps)
         deepest = taps[-1].channels
         self.pools = nn.ModuleList(
@@ -128,6 +129,6 @@ def _rescale(channels: int, level: int) -> nn.Sequential:
         (double(), LayerNorm2d(channels), nn.GELU(), double()),
         (double(),),
         (),
-        (nn.MaxPool2d(kernel_size=2),),
+        (nn.MaxPool2d(kernel_size=2, ceil_mode=True),),  # a map may be one token high or wide
     )[level]
     return nn.Sequential(LayerNorm2d(channels), *steps)

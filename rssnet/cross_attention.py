@@ -158,7 +158,8 @@ class DiscriminativeCrossAttention(nn.Module):
             (B, K, N).
         """
         scale = self.heads * math.sqrt(state.query.shape[-1] / self.heads)
-        return state.query @ state.key.transpose(1, 2) / scale + self.attention_bias
+        # Scaled first: in float16 the product itself would overflow.
+        return (state.query / scale) @ state.key.transpose(1, 2) + self.attention_bias
 
     def presence_logits(self, state: RegionState) -> Tensor:
         """How present each class is said to be, before a sigmoid: (B, K)."""

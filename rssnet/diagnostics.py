@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from .decoder import RSSNetDecoder
 from .inference import evaluation_mode
+from .losses import check_labels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -361,10 +362,4 @@ def _check_labels(images: Tensor, labels: Tensor, num_classes: int, ignore_index
             f"labels of images {tuple(images.shape)} must be {(len(images), *images.shape[-2:])}, "
             f"got {tuple(labels.shape)}; give them at full resolution."
         )
-    labels = labels.long()
-    valid = labels[labels != ignore_index]
-    if len(valid) and not 0 <= (low := int(valid.min())) <= (high := int(valid.max())) < num_classes:
-        raise ValueError(
-            f"labels hold the value {low if low < 0 else high}; the model's classes are 0 to {num_classes - 1} and "
-            f"{ignore_index} is ignored."
-        )
+    check_labels(labels.long(), num_classes, ignore_index)

@@ -267,7 +267,9 @@ def class_shares(labels: Tensor, num_classes: int, size: torch.Size | tuple[int,
     counts = counts.scatter_add(0, index.flatten(), valid.flatten().to(counts.dtype))
     area = torch.zeros(rows * columns, device=labels.device)
     area = area.scatter_add(0, cell.flatten(), torch.ones(height * width, device=labels.device))
-    return (counts.reshape(batch, num_classes, rows * columns) / area).reshape(batch, num_classes, rows, columns)
+    # A grid finer than the labels has cells without a pixel.
+    shares = counts.reshape(batch, num_classes, rows * columns) / area.clamp(min=1)
+    return shares.reshape(batch, num_classes, rows, columns)
 
 
 def attention_losses(attention: Tensor, shares: Tensor, normalizer: Normalizer = alone) -> tuple[Tensor, Tensor]:
@@ -318,12 +320,17 @@ def class_prototypes(pixels: Tensor, labels: Tensor, num_classes: int) -> tuple[
     Returns:
         (B, K, d) means, zero for absent classes, and (B, K) which are present.
     """
-    nearest = F.interpolate(labels[:, None].float(), size=pixels.shape[-2:], mode="nearest-exact")[:, 0].long()
+    nearest = _nearest(labels, pixels.shape[-2:])[:, 0]
     ids = torch.arange(num_classes, device=labels.device)[:, None]
     members = (nearest.flatten(1)[:, None] == ids).float()  # (B, K, h * w)
     counts = members.sum(dim=2)
     means = members @ pixels.float().flatten(2).transpose(1, 2) / counts.clamp(min=1)[..., None]
     return means, counts > 0
+
+
+def _nearest(labels: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
+    """Labels (B, H, W) at the pixels nearest to the cells of a grid: (B, 1, h, w)."""
+    return F.interpolate(labels[:, None].float(), size=size, mode="nearest-exact").long()
 
 
 def region_separation_loss(
@@ -359,8 +366,8 @@ def separation_supervision_loss(
     """
     batch, height, width, groups, window = weights.composition.shape
     grid = (height // ratio, width // ratio)
-    own = F.interpolate(labels[:, None].float(), size=(height, width), mode="nearest-exact").long()
-    own = F.pixel_unshuffle(own, ratio).permute(0, 2, 3, 1)  # (B, h, w, r*r): the classes inside a token
+    inside = F.pixel_unshuffle(_nearest(labels, (height, width)), ratio)
+    own = inside.permute(0, 2, 3, 1)  # (B, h, w, r*r): the classes inside a token
     valid = (own >= 0) & (own < num_classes)
 
     # The share of each token around a fine location that is of the location's class, and that is of others.

@@ -100,7 +100,7 @@ class ConfusionMatrix:
         Raises:
             ValueError: the shapes differ, a tensor isn't of integers, or a value is no class.
         """
-        valid = _valid_pixels(prediction, label, self.num_classes, self.ignore_index)
+        prediction, label, valid = _valid_pixels(prediction, label, self.num_classes, self.ignore_index)
         if mask is not None:
             if mask.shape != label.shape or mask.dtype != torch.bool:
                 raise ValueError(
@@ -108,7 +108,7 @@ class ConfusionMatrix:
                     f"got {mask.dtype} of shape {tuple(mask.shape)}."
                 )
             valid &= mask.to(valid.device)
-        pairs = label[valid].long() * self.num_classes + prediction[valid].long()
+        pairs = label[valid] * self.num_classes + prediction[valid]
         counts = torch.bincount(pairs, minlength=self.num_classes**2)
         self.counts += counts.cpu().view(self.num_classes, self.num_classes)
 
@@ -193,9 +193,8 @@ class BoundaryIoU:
         Raises:
             ValueError: the shapes differ, a tensor isn't of integers, or a value is no class.
         """
-        valid = _valid_pixels(prediction, label, self.num_classes, self.ignore_index)
+        prediction, label, valid = _valid_pixels(prediction, label, self.num_classes, self.ignore_index)
         distance = max(1, round(self.dilation_ratio * math.hypot(*label.shape[-2:])))
-        prediction, label = prediction.to(label.device, torch.int64), label.long()
         prediction = torch.where(valid, prediction, self.ignore_index)
         in_prediction = valid & _near_other_class(prediction, distance, self.ignore_index, border_differs=True)
         in_label = valid & _near_other_class(label, distance, self.ignore_index, border_differs=True)
@@ -298,8 +297,10 @@ def _window_maximum(x: Tensor, radius: int, dim: int, border: int) -> Tensor:
     return x
 
 
-def _valid_pixels(prediction: Tensor, label: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    """The pixels whose label isn't ignored, after checking that everything in them is a class."""
+def _valid_pixels(
+    prediction: Tensor, label: Tensor, num_classes: int, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Prediction and label as int64 on the label's device, and the pixels whose label isn't ignored: classes, all."""
     if prediction.shape != label.shape:
         raise ValueError(
             f"prediction and label must have one shape, got {tuple(prediction.shape)} and {tuple(label.shape)}; "
@@ -307,14 +308,16 @@ def _valid_pixels(prediction: Tensor, label: Tensor, num_classes: int, ignore_in
         )
     _check_integers("prediction", prediction)
     _check_integers("label", label)
-    valid = label.long() != ignore_index  # in uint8, 300 would be 44
+    # In uint8, an ignored 300 would be 44; and torch has no minimum of uint16.
+    prediction, label = prediction.to(label.device, torch.int64), label.long()
+    valid = label != ignore_index
     for name, values in (("label", label[valid]), ("prediction", prediction[valid])):
         if values.numel() and not 0 <= (low := int(values.min())) <= (high := int(values.max())) < num_classes:
             raise ValueError(
                 f"{name} holds the value {low if low < 0 else high}; classes are 0 to {num_classes - 1} and "
                 f"{ignore_index} in a label is ignored: convert the ids or give the right num_classes."
             )
-    return valid
+    return prediction, label, valid
 
 
 def _check_integers(name: str, tensor: Tensor) -> None:

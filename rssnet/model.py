@@ -6,9 +6,11 @@ arXiv 2212.13764). No code was released: what the abstract fixes is marked in ea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 from os import PathLike
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +96,29 @@ class RSSNet(nn.Module):
             raise ValueError("An image has NaN or infinite values; check how it was decoded and normalised.")
         return self.decoder(images, self.backbone(images))
 
+    def fill(self, weights: Mapping[str, Tensor], device: torch.device | str = "cpu") -> RSSNet:
+        """Gives a model that was built on the meta device its memory, weights, and what it computes for itself.
+
+        Args:
+            weights: The state dict of such a model.
+            device: Where to.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: a backbone that computes something in its constructor only.
+        """
+        computed = {name for name, _ in self.named_buffers()} - self.state_dict().keys()
+        owners: dict[str, Any] = {name: self.get_submodule(name.rpartition(".")[0]) for name in sorted(computed)}
+        for name, owner in owners.items():
+            if not hasattr(owner, "init_non_persistent_buffers"):
+                raise ValueError(f"{name} of {self.config.backbone} cannot be filled; build the model with memory.")
+        self.to_empty(device=device).load_state_dict(weights)
+        for owner in {id(owner): owner for owner in owners.values()}.values():
+            owner.init_non_persistent_buffers()
+        return self
+
     def resized(self, image_size: int | tuple[int, int]) -> RSSNet:
         """The same model for images of another size, position embeddings and biases resized.
 
@@ -107,11 +132,17 @@ class RSSNet(nn.Module):
         """
         config = replace(self.config, image_size=image_size)
         model = RSSNet(replace(config, pretrained=False), self.classes)
+        # Before the weights come, so that none is rounded; one by one, for a backbone may have another dtype than its
+        # decoder. A mask that only some sizes have goes with the backbone.
+        first = next(self.parameters())
+        model.to(first.device)
+        dtypes = {name: tensor.dtype for name, tensor in _tensors(self) if tensor.is_floating_point()}
+        for name, tensor in _tensors(model):
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtypes.get(name, first.dtype))
         model.backbone.load_resized(self.backbone)
         model.decoder.load_state_dict(self.decoder.state_dict())
         model.config = config
-        first = next(self.parameters())
-        model.to(first.device, first.dtype)
         for own, others in zip(model.parameters(), self.parameters(), strict=True):
             own.requires_grad_(others.requires_grad)
         return model.train(self.training)
@@ -161,6 +192,11 @@ class RSSNet(nn.Module):
         return model if image_size is None else model.resized(image_size)
 
 
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers, those that are not saved included, by name."""
+    return chain(model.named_parameters(), model.named_buffers())
+
+
 def _misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
     """What is wrong with found weights, a phrase for each."""
     return [
@@ -170,5 +206,10 @@ def _misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> lis
             f"{name} is {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
             for name in sorted(expected.keys() & found.keys())
             if expected[name].shape != found[name].shape
+        ),
+        *(
+            f"{name} is of {found[name].dtype} instead of {expected[name].dtype}"
+            for name in sorted(expected.keys() & found.keys())
+            if expected[name].is_floating_point() != found[name].is_floating_point()
         ),
     ]

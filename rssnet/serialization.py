@@ -50,6 +50,7 @@ class Saved:
 def write_model(folder: str, saved: Saved, *, parameters: Collection[str]) -> None:
     """Writes a model in place of any that is there.
 
+    Everything is made before the folder is touched: a model that cannot be saved leaves the one that is there. Then
     `config.json`, without which nothing is read, goes first and comes last: what a crash leaves is no model.
 
     Args:
@@ -58,10 +59,6 @@ def write_model(folder: str, saved: Saved, *, parameters: Collection[str]) -> No
         parameters: Names of the weights that are parameters; the others, such as batch norm's statistics, are not
             counted on the model card.
     """
-    files, root = url_to_fs(folder)
-    files.makedirs(root, exist_ok=True)
-    if files.exists(f"{root}/{CONFIG}"):
-        files.rm_file(f"{root}/{CONFIG}")
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in saved.weights.items()}
     header = {
         "format": "rssnet",
@@ -71,10 +68,18 @@ def write_model(folder: str, saved: Saved, *, parameters: Collection[str]) -> No
         **saved.config.to_dict(),
     }
     counted = {name: saved.weights[name] for name in parameters}
-    files.pipe_file(f"{root}/{WEIGHTS}", safetensors.torch.save(weights, metadata={"format": "pt"}))
-    files.pipe_file(f"{root}/{CLASSES}", saved.classes.to_json().encode())
-    files.pipe_file(f"{root}/{CARD}", model_card(saved.config, saved.classes, counted).encode())
-    files.pipe_file(f"{root}/{CONFIG}", (json.dumps(header, indent=2) + "\n").encode())
+    contents = {
+        WEIGHTS: safetensors.torch.save(weights, metadata={"format": "pt"}),
+        CLASSES: saved.classes.to_json().encode(),
+        CARD: model_card(saved.config, saved.classes, counted).encode(),
+        CONFIG: (json.dumps(header, indent=2) + "\n").encode(),
+    }
+    files, root = url_to_fs(folder)
+    files.makedirs(root, exist_ok=True)
+    if files.exists(f"{root}/{CONFIG}"):
+        files.rm_file(f"{root}/{CONFIG}")
+    for name, content in contents.items():
+        files.pipe_file(f"{root}/{name}", content)
 
 
 def read_model(source: str) -> Saved:
@@ -98,7 +103,11 @@ def read_model(source: str) -> Saved:
         ) from error
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise ValueError(f"A file of the model at {source!r} is damaged: {error}. Save or copy it again.") from error
-    if header.pop("format", None) != "rssnet" or header.pop("version", None) != FORMAT_VERSION:
+    if (
+        not isinstance(header, dict)
+        or header.pop("format", None) != "rssnet"
+        or header.pop("version", None) != FORMAT_VERSION
+    ):
         raise ValueError(
             f"{source!r} holds no model of format rssnet, version {FORMAT_VERSION}; save it with this version."
         )

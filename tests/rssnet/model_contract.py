@@ -31,7 +31,7 @@ class ModelContract:
 
     def pytest_generate_tests(self, metafunc):
         if "model" in metafunc.fixturenames:
-            traced = any(word in metafunc.definition.name for word in ("exported", "compiled"))
+            traced = any(word in metafunc.definition.name for word in ("exported", "compiled", "without_memory"))
             heads = self.traced_heads if traced else self.heads
             metafunc.parametrize("model", heads, indirect=True, scope="class")
 
@@ -100,6 +100,16 @@ class ModelContract:
         loaded = RSSNet.from_pretrained(tmp_path)
         assert not loaded.training
         assert torch.equal(loaded(images).logits, model(images).logits)
+
+    def test_built_without_memory_and_then_filled_it_is_the_same(self, model, images):
+        with torch.device("meta"):
+            other = RSSNet(model.config)
+        torch.use_deterministic_algorithms(True)  # new memory then holds nan, not what happens to be there
+        try:
+            other.fill(model.state_dict())
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert torch.equal(other.eval()(images).logits, model.eval()(images).logits)
 
     def test_half_precision_stays_close(self, model, images):
         model.eval()

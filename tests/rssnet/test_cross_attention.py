@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rssnet.cross_attention import DiscriminativeCrossAttention, DiscriminativeLayer
+from rssnet.cross_attention import DiscriminativeCrossAttention, DiscriminativeLayer, RegionState
 
 
 def attend_by_einsum(query, key, value, heads):
@@ -118,3 +118,10 @@ def test_regions_differ_at_the_start():
 def test_heads_that_do_not_divide_the_width_are_refused():
     with pytest.raises(ValueError, match=r"heads must divide the decoder's width, 16; 3 does not"):
         attention(heads=3)
+
+
+def test_attention_does_not_overflow_in_float16_where_the_product_alone_would():
+    module = attention(width=64).half()
+    query, key = torch.full((1, 5, 64), 40.0).half(), torch.full((1, 6, 64), 40.0).half()  # 64 * 40 * 40 > 65504
+    logits = module.attention_logits(RegionState(regions=query, query=query, key=key))
+    torch.testing.assert_close(logits, torch.full_like(logits, 40 * 40 * 64 / 16 - 3), rtol=1e-3, atol=0)

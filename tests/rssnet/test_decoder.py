@@ -189,3 +189,12 @@ def test_width_and_fine_stride_follow_the_backbone(backbone, width, stride):
     layout = inspect_backbone(backbone)
     assert default_width(layout) == width
     assert fine_stride(layout) == stride
+
+
+@pytest.mark.parametrize("image_size", [(16, 16), (32, 16), (16, 64)])
+def test_every_head_takes_a_plain_map_one_token_high_or_wide(image_size):
+    for head in ("rssnet", "linear", "upernet"):
+        model = RSSNet(replace(CONFIG, image_size=image_size, head=head)).eval()
+        logits = model(torch.randn(1, 3, *image_size)).logits
+        assert logits.shape[-2:] == (image_size[0] // 4, image_size[1] // 4)
+        assert logits.isfinite().all()

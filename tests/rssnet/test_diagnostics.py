@@ -243,7 +243,7 @@ def test_bad_input_is_named():
     images, labels = next(batches(1))
     with pytest.raises(ValueError, match="there are no batches"):
         diagnose(built(), [])
-    with pytest.raises(ValueError, match="labels hold the value 9; the model's classes are 0 to 3"):
+    with pytest.raises(ValueError, match="Labels 9 are out of range: they must be 0 to 3"):
         diagnose(built(), [(images, torch.full_like(labels, 9))])
     with pytest.raises(ValueError, match=r"must be \(2, 64, 64\), got \(2, 16, 16\)"):
         diagnose(built(), [(images, labels[:, ::4, ::4])])

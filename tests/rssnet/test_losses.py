@@ -86,6 +86,21 @@ def test_class_shares_are_average_pooled_one_hot_labels(size):
     torch.testing.assert_close(class_shares(labels, K, size).double(), shares_by_loops(labels, size))
 
 
+def test_a_grid_finer_than_the_labels_has_no_shares_where_no_pixel_is():
+    shares = class_shares(labels_of(1, 4, 6, ignored=0), K, (16, 24))
+    assert shares.sum() == 4 * 6
+    assert set(shares.unique().tolist()) == {0, 1}
+
+
+def test_labels_coarser_than_every_map_give_a_finite_loss():
+    config = RSSNetConfig(
+        backbone="vit_tiny_patch16_224", backbone_options={"depth": 1}, num_classes=K, image_size=(64, 96)
+    )
+    output = RSSNet(config).train()(torch.randn(1, 3, 64, 96))
+    losses = RSSNetLoss(LossConfig(separation_supervision=0.1), K)(output, labels_of(1, 4, 6))
+    assert all(loss.isfinite() for loss in losses.values())
+
+
 def test_attention_losses_are_their_definition():
     torch.manual_seed(0)
     attention = torch.randn(2, K, 3, 2)
@@ -344,12 +359,8 @@ def test_a_label_out_of_range_is_named(output):
 def test_where_labels_cannot_be_read_a_wrong_one_makes_the_loss_nan(output):
     labels = torch.zeros(2, 64, 64, dtype=torch.long)
     labels[1, 3, 4] = 77
-
-    @torch.compile(backend="eager", fullgraph=True)
-    def compiled(output, labels):
-        return RSSNetLoss(LossConfig(), K)(output, labels)["loss"]
-
-    assert compiled(RSSNetOutput(output.logits), labels).isnan()
+    compiled = torch.compile(RSSNetLoss(LossConfig(), K), backend="eager", fullgraph=True)
+    assert compiled(RSSNetOutput(output.logits), labels)["loss"].isnan()
 
 
 def test_check_batch_says_which_image_is_broken():

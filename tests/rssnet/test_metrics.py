@@ -142,12 +142,25 @@ def test_adding_leaves_both_matrices_as_they_were():
     assert torch.equal(both.counts, first.counts + second.counts)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.uint16, torch.uint32])
 def test_narrow_integers_dont_overflow(dtype):
     prediction, label = random_pair(3, classes=200)
-    assert torch.equal(
-        counted(prediction.to(dtype), label.to(dtype), 200).counts, counted(prediction, label, 200).counts
-    )
+    narrow = prediction.to(dtype), label.to(dtype)
+    assert torch.equal(counted(*narrow, 200).counts, counted(prediction, label, 200).counts)
+    boundaries, same = BoundaryIoU(200), BoundaryIoU(200)
+    boundaries.update(*narrow)
+    same.update(prediction, label)
+    assert boundaries.to_list() == same.to_list()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+@pytest.mark.parametrize("metric", [ConfusionMatrix, BoundaryIoU])
+def test_a_prediction_may_be_on_another_device_than_the_label(metric):
+    prediction, label = random_pair(3)
+    elsewhere, here = metric(5), metric(5)
+    elsewhere.update(prediction.cuda(), label)
+    here.update(prediction, label)
+    assert elsewhere.to_list() == here.to_list()
 
 
 def test_an_ignore_index_that_the_label_s_type_cannot_hold_ignores_nothing():
