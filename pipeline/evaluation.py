@@ -94,6 +94,8 @@ def evaluate(config: EvaluateConfig) -> RunRecord:
         with connected():
             counts = _evaluate_split(config, data, conditions)
             scored = [image for image in counts.images if image["pixels"]]
+            if not scored:
+                raise PipelineError(f"No image of the split {config.split!r} of {data.url} has a labelled pixel.")
             worst = sorted(scored, key=lambda image: (image["miou"], image["image_id"]))[:WORST]
             draw = ray.remote(_write_worst).options(num_cpus=config.cpus_per_worker, num_gpus=int(config.use_gpu))
             ray.get(draw.remote(config, worst))

@@ -28,14 +28,14 @@ NUM_CLASSES = 6
 IMAGES = 7
 
 
-def _row(number: int) -> dict[str, object]:
-    """A photograph of its own size with a label in which the last class is nowhere and a border is ignored."""
+def _row(number: int, ignored_rows: int = 3) -> dict[str, object]:
+    """A photograph of its own size with a label in which the last class is nowhere and the top is ignored."""
     height, width = 40 + 7 * number, 90 - 5 * number
     random = np.random.default_rng(number)
     buffer = io.BytesIO()
     Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(buffer, "PNG")
     label = random.integers(0, NUM_CLASSES - 1, (height, width), dtype=np.uint8)
-    label[:3] = dataset.IGNORE_LABEL
+    label[:ignored_rows] = dataset.IGNORE_LABEL
     return {
         "image_id": f"val/{number}",
         "image": buffer.getvalue(),
@@ -46,9 +46,9 @@ def _row(number: int) -> dict[str, object]:
     }
 
 
-def _write_dataset(url: str, classes: Classes) -> str:
+def _write_dataset(url: str, classes: Classes, ignored_rows: int = 3) -> str:
     """A dataset whose split `val` has seven images in two files, and whose split `test` has no labels."""
-    rows = [_row(number) for number in range(IMAGES)]
+    rows = [_row(number, ignored_rows) for number in range(IMAGES)]
     unlabelled = [{**rows[0], "image_id": "test/0", "label": None}]
     files = {"val/part-a.parquet": rows[:5], "val/part-b.parquet": rows[5:], "test/part-a.parquet": unlabelled}
     for path, part in files.items():
@@ -174,6 +174,14 @@ def test_what_cannot_be_evaluated_gets_one_sentence(tiny_model, data, tmp_path):
     with pytest.raises(PipelineError, match=r"'test' .* has 0 labels for 1 images"):
         evaluate(dataclasses.replace(config, split="test"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_split_without_a_labelled_pixel_is_refused(tiny_model, tmp_path):
+    data = _write_dataset(str(tmp_path / "data"), Classes.default(NUM_CLASSES), ignored_rows=1000)
+    with pytest.raises(PipelineError, match=r"No image of the split 'val' of .* has a labelled pixel"):
+        evaluate(EvaluateConfig(tiny_model, data, str(tmp_path / "out")))
+    assert not (tmp_path / "out" / "scores.json").exists()
 
 
 def test_a_dataset_of_other_classes_is_refused(tiny_model, tmp_path):
