@@ -238,9 +238,11 @@ class _ImageJob:
 
     def _finish(self, classes: Tensor, confidence: Tensor) -> None:
         if confidence.isnan().any():
+            dtype = self._predictor.dtype
+            remedy = f" or its dtype overflows: try dtype=torch.bfloat16 or None instead of {dtype}" if dtype else ""
             raise ValueError(
-                f"the model gave values that are no numbers for an image of {self._size} pixels; its weights hold nan "
-                f"or its dtype overflows: try dtype=torch.bfloat16 or None instead of {self._predictor.dtype}."
+                f"the model gave values that are no numbers for an image of {self._size} pixels; its weights hold nan"
+                f"{remedy}."
             )
         self._prediction = Prediction(classes.cpu(), confidence.cpu())
         self._class_map = self._image = None

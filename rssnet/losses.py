@@ -73,15 +73,22 @@ class RSSNetLoss(nn.Module):
             "region_classification", "region_separation" and "separation_supervision". With no valid pixel all are zero.
 
         Raises:
-            ValueError: labels of another shape or of no integers; on a CPU also labels that are neither a class nor
-                ignored. On other devices reading them would stall the queue: there the loss comes out as NaN, and
-                `check_batch` says why.
+            ValueError: labels that have not the images' proportions, or are no integers; on a CPU also labels that are
+                neither a class nor ignored. On other devices reading them would stall the queue: there the loss comes
+                out as NaN, and `check_batch` says why.
         """
         config = self.config
         if labels.ndim != 3 or len(labels) != len(output.logits) or labels.is_floating_point():
             raise ValueError(
                 f"Labels must be integers of shape ({len(output.logits)}, height, width), not {labels.dtype} of shape "
                 f"{tuple(labels.shape)}."
+            )
+        (height, width), (rows, columns) = labels.shape[-2:], output.logits.shape[-2:]
+        # Logits have a quarter of the image's sides, rounded; labels of a transposed image would otherwise train, too.
+        if abs(height * columns - width * rows) > 4 * max(rows, columns):
+            raise ValueError(
+                f"Labels are {height} x {width} pixels, the images about {4 * rows} x {4 * columns}: give each image "
+                "the labels of its own pixels."
             )
         labels = labels.long()
         invalid = (labels != config.ignore_index) & ((labels < 0) | (labels >= self.num_classes))

@@ -32,13 +32,14 @@ tags: [semantic-segmentation, rssnet, timm]
 
 # {_title(config)}
 
-Semantic segmentation into {len(classes)} classes: a {config.head} head on `{config.backbone}`, {parameters / 1e6:.1f} M
-parameters, for images of {height} x {width} pixels.
+Semantic segmentation into {len(classes)} classes: {_title(config)}, {parameters / 1e6:.1f} M parameters, for images of
+{height} x {width} pixels. RSSNet is an implementation of arXiv 2212.13764.
 
 ```python
-from rssnet import RSSNet
+from rssnet import Predictor, RSSNet
 
-model = RSSNet.from_pretrained("this/folder")
+model = RSSNet.from_pretrained("this/folder").eval()
+(prediction,) = Predictor(model)([photograph])  # (3, H, W) uint8 of any size; prediction.class_map is (H, W)
 logits = model(images).logits  # images (B, 3, {height}, {width}), normalised with model.pixel_mean and model.pixel_std
 ```
 

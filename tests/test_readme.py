@@ -56,7 +56,10 @@ def test_the_line_of_sql_reads_the_masks(masks: str) -> None:
     assert {row[-1] for row in rows} == {"ok"}
 
 
-def test_the_python_blocks_run(masks: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_python_blocks_run(
+    masks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     job, _, reading, model = blocks("python")
     compile(job, "README", "exec")  # its places are the reader's own
     exec(reading.replace(MASKS, masks), {})
@@ -66,6 +69,7 @@ def test_the_python_blocks_run(masks: str, capsys: pytest.CaptureFixture[str]) -
     logits = names["logits"]
     assert isinstance(logits, torch.Tensor)
     assert logits.shape == (1, 11, 48, 64)
+    assert 0 <= float(capsys.readouterr().out) <= 1
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -347,8 +347,9 @@ def table(runs: Sequence[Run]) -> str:
     by_variant = {variant.name: {r.seed: r for r in runs if r.variant == variant.name} for variant in VARIANTS}
     full = by_variant[FULL]
     lines = [
-        f"| variant | seeds | mIoU | within {BOUNDARY_RADIUS} px of a boundary | less RSSNet's mIoU, seed by seed "
-        "| mIoU with bilinear forced | boundary mIoU with bilinear forced | s per run |",
+        f"| variant | seeds | mIoU | within {BOUNDARY_RADIUS} px of a boundary "
+        "| less RSSNet's mIoU, over the same seeds | mIoU with bilinear forced | boundary mIoU with bilinear forced "
+        "| s per run |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, found in by_variant.items():
@@ -464,7 +465,11 @@ def main() -> None:
             print(f"{run.variant}, seed {run.seed}: {run.scores} in {run.seconds:.0f} s", flush=True)
             if time.monotonic() - started < arguments.deadline:
                 pending |= {pool.submit(job, v, s, str(device), threads) for v, s in _take(waiting, 1)}
-    print(write_report(file.with_suffix(".md"), runs, settings, describe(device)), flush=True)
+    header = describe(device)
+    hours = sum(run.seconds for run in runs) / 3600
+    header["runs"] = f"{len(runs)} of {len(VARIANTS)} variants, {hours:.1f} hours one at a time"
+    header["commits of the runs"] = ", ".join(sorted({run.commit for run in runs}))
+    print(write_report(file.with_suffix(".md"), runs, settings, header), flush=True)
 
 
 def _take(items: Iterator[Any], count: int) -> list[Any]:

@@ -431,5 +431,5 @@ def test_a_model_that_gives_no_numbers_is_refused():
     with torch.no_grad():
         model.classify.weight[0] = torch.nan
     for size in ((64, 64), (100, 100)):
-        with pytest.raises(ValueError, match="its weights hold nan or its dtype overflows"):
+        with pytest.raises(ValueError, match="its weights hold nan"):
             Predictor(model)([image_of(*size)])

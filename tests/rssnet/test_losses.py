@@ -287,6 +287,12 @@ def test_labels_of_another_type_or_shape_are_refused(output, labels):
         RSSNetLoss(LossConfig(), K)(output, labels)
 
 
+@pytest.mark.parametrize("size", [(32, 64), (64, 128), (7, 301)])
+def test_labels_of_other_proportions_are_refused(output, size):
+    with pytest.raises(ValueError, match=rf"Labels are {size[0]} x {size[1]} pixels, the images about 64 x 64: give"):
+        RSSNetLoss(LossConfig(), K)(output, torch.zeros(2, *size, dtype=torch.int64))
+
+
 def test_one_image_all_ignored_changes_nothing_for_the_other(model):
     torch.manual_seed(1)
     images, labels = torch.randn(2, 3, 64, 64), labels_of(height=64, width=64)

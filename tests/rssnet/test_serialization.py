@@ -261,4 +261,4 @@ def test_the_card_counts_parameters_and_not_statistics(tmp_path):
     model.decoder.register_buffer("statistics", torch.zeros(1_000_000))
     model.save_pretrained(tmp_path)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    assert f"{parameters / 1e6:.1f} M\nparameters" in (tmp_path / "README.md").read_text()
+    assert f"{parameters / 1e6:.1f} M parameters" in (tmp_path / "README.md").read_text()
