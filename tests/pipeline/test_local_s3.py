@@ -309,6 +309,8 @@ def test_the_server_ends_with_its_parent(tmp_path: Path, sent: signal.Signals, s
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell that runs the tests in the background lets its children ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     with parent:
         assert parent.stdout is not None

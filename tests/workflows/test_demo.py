@@ -31,7 +31,7 @@ def test_ctrl_c_stops_ray_and_the_s3_server(tmp_path: Path) -> None:
     environment = _own_environment()
     demo = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
+        start_new_session=True, preexec_fn=_heed_ctrl_c,
     )  # fmt: skip
     assert demo.stdout is not None
     said = []
@@ -82,6 +82,11 @@ def test_camvid_to_its_end_and_a_second_time(camvid: Path, tmp_path: Path) -> No
     for stage in ("ingested", "trained", "evaluated", "swept", "reported"):
         assert f"already {stage}" in again.stdout
     assert "nothing new: all 101 images" in again.stdout
+
+
+def _heed_ctrl_c() -> None:
+    """A shell that runs the tests in the background lets its children ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _own_environment() -> dict[str, str]:

@@ -65,6 +65,7 @@ def test_directly(tiny: TinyChain, run_script: Run) -> None:
     assert again.output.startswith("already trained")
 
 
+@pytest.mark.heavy  # test_end_to_end.py calls the same functions in every run
 def test_from_python(tiny: TinyChain, ray_cluster: None) -> None:  # noqa: ARG001
     root = "s3://test/from-python"
     data, run, model = f"{root}/dataset", f"{root}/run", f"{root}/run/model"
