@@ -21,7 +21,7 @@ demo: install
 test: install lint types
 	$(BIN)/python -m pytest
 
-# What takes too long for `make test`: the whole demo on CamVid, twice; kills of training workers. A quarter of an hour.
+# What takes too long for `make test`, and is not in it: the demo on CamVid, twice; a killed worker; two workers.
 test-heavy: install
 	$(BIN)/python -m pytest -m heavy
 

@@ -47,7 +47,8 @@ def contact_sheet(rows: Sequence[Sequence[Panel]], classes: Classes | None) -> b
     figure = Figure(figsize=(4.5 * width, 2.6 * len(rows) + 1.2), layout="constrained")
     FigureCanvasAgg(figure)
     colours = np.full((256, 3), 255, np.uint8)
-    colours[: len(classes) if classes else 0] = classes.palette if classes else 255
+    if classes:
+        colours[: len(classes)] = classes.palette
     present: set[int] = set()
     axes = figure.subplots(len(rows), width, squeeze=False).ravel()
     for axis, panel in zip(axes, itertools.chain.from_iterable(rows), strict=True):

@@ -106,13 +106,10 @@ class Counts:
         self.images += row["images"]
 
     def corrupted_miou(self) -> list[float]:
-        """The mIoU under each condition; nan where no class has any pixel."""
+        """The mIoU under each condition, of images with labelled pixels."""
         right, true, predicted = np.moveaxis(self.corrupted, 1, 0)
         union = true + predicted - right
-        return [
-            float(np.mean(hits[whole > 0] / whole[whole > 0])) if whole.any() else float("nan")
-            for hits, whole in zip(right, union, strict=True)
-        ]
+        return [float(np.mean(hits[whole > 0] / whole[whole > 0])) for hits, whole in zip(right, union, strict=True)]
 
     def _confusion(self, found: torch.Tensor, label: torch.Tensor) -> ConfusionMatrix:
         confusion = ConfusionMatrix(self.confusion.num_classes, dataset.IGNORE_LABEL)

@@ -66,6 +66,8 @@ class _Training:
         model = model.to(memory_format=self.layout)  # pyright: ignore[reportCallIssue] torch has it, its types do not
         if self.world_size > 1 and config.resources.use_gpu:
             model = cast(RSSNet, nn.SyncBatchNorm.convert_sync_batchnorm(model))  # only some backbones have any
+        self.mean = torch.tensor(model.pixel_mean, device=self.device).view(1, 3, 1, 1) * 255
+        self.std = torch.tensor(model.pixel_std, device=self.device).view(1, 3, 1, 1) * 255
         shared = mean_over_workers if self.world_size > 1 else alone
         parallel = ray.train.torch.prepare_model(model, move_to_device=False)
         self.step = TrainStep(
@@ -128,10 +130,8 @@ class _Training:
                 yield batch
 
     def _on_device(self, batch: dict[str, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-        mean = torch.tensor(self.model.pixel_mean, device=self.device).view(1, 3, 1, 1) * 255
-        std = torch.tensor(self.model.pixel_std, device=self.device).view(1, 3, 1, 1) * 255
         images = torch.as_tensor(batch["image"], device=self.device).to(memory_format=self.layout)
-        return (images.float() - mean) / std, torch.as_tensor(batch["label"], device=self.device).long()
+        return (images.float() - self.mean) / self.std, torch.as_tensor(batch["label"], device=self.device).long()
 
     def _due(self) -> tuple[bool, bool, bool]:
         """Whether this iteration is logged, evaluated, and kept as a checkpoint."""
