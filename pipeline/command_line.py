@@ -17,6 +17,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from pipeline import storage
 from pipeline.cluster import Interrupted
 from pipeline.errors import PipelineError, mendable_cause
+from pipeline.redaction import redacted
 
 
 class WrongCall(PipelineError):
@@ -162,7 +163,7 @@ def _one_line(error: Exception) -> str:
     cause = mendable_cause(error)
     if cause is not None:
         return " ".join(str(cause).split())  # redacted where it was written
-    full = storage.redacted("".join(traceback.format_exception(error)))
+    full = redacted("".join(traceback.format_exception(error)))
     first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
     said = f"unexpected {type(error).__name__}: {_redacted_line(first)[:300]}"
     try:
@@ -175,4 +176,4 @@ def _one_line(error: Exception) -> str:
 
 def _redacted_line(text: str) -> str:
     """On one line; word by word, for in a sentence `redacted` cannot tell where a URL ends."""
-    return " ".join(storage.redacted(word) for word in text.split())
+    return " ".join(redacted(word) for word in text.split())

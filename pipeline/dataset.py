@@ -3,9 +3,9 @@
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,7 @@ import torch.utils.data
 from pipeline import images, storage
 from pipeline.cluster import IO_TASK_CPUS, connect
 from pipeline.errors import PipelineError
+from pipeline.storage_errors import patiently
 from rssnet.classes import Classes
 
 IGNORE_LABEL = 255
@@ -36,6 +37,8 @@ SCHEMA = pa.schema(
     ]
 )
 REJECT_SCHEMA = pa.schema([(name, pa.string()) for name in ("source_uri", "split", "reason", "detail")])
+
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -177,10 +180,13 @@ class Chunk:
     rows: int
 
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """Its rows; the only bytes read are its own and the file's footer."""
-        filesystem, path = storage.arrow_filesystem(self.url)
-        with pq.ParquetFile(path, filesystem=filesystem) as file:
-            return file.read_row_group(self.row_group, columns=list(columns) if columns else None)
+        """Its rows; the only bytes read are its own and the file's footer. Waits for a store that is out of reach.
+
+        Raises:
+            StorageError: if the store does not give them.
+        """
+        chosen = list(columns) if columns else None
+        return _from_parquet(self.url, lambda file: file.read_row_group(self.row_group, columns=chosen))
 
 
 class TorchSplit(torch.utils.data.Dataset[dict[str, Any]]):
@@ -263,6 +269,17 @@ def quantiles(counts: Mapping[int, int]) -> dict[str, int]:
 
 
 def _group_rows(url: str) -> list[int]:
-    filesystem, path = storage.arrow_filesystem(url)
-    with pq.ParquetFile(path, filesystem=filesystem) as file:
+    def rows(file: pq.ParquetFile) -> list[int]:
         return [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+
+    return _from_parquet(url, rows)
+
+
+def _from_parquet(url: str, read: Callable[[pq.ParquetFile], _Found]) -> _Found:
+    def attempt() -> _Found:
+        with storage.explained(url):
+            filesystem, path = storage.arrow_filesystem(url)
+            with pq.ParquetFile(path, filesystem=filesystem) as file:
+                return read(file)
+
+    return patiently(attempt)

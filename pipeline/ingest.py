@@ -27,6 +27,7 @@ from pipeline.inventory import SHOWN, Cut, Inventory, Selection, delete_chunks, 
 from pipeline.layouts import Reject
 from pipeline.parquet_sink import write_table
 from pipeline.progress import Progress, announce
+from pipeline.redaction import redacted
 from pipeline.run_record import (
     FILE_NAME,
     RunRecord,
@@ -270,7 +271,7 @@ def _info(config: IngestConfig, inventory: Inventory, tally: Tally, duplicates: 
             for split, rows in sorted(tally.rows.items())
         },
         rejected=tally.rejected + inventory.rejected,
-        source=storage.redacted(config.source),
+        source=redacted(config.source),
         layout=inventory.layout,
         fingerprint=_fingerprint(tally.digest, inventory),
         duplicates=duplicates,

@@ -20,6 +20,7 @@ from pipeline.dataset import REJECT_SCHEMA
 from pipeline.errors import PipelineError
 from pipeline.labels import LabelCoding
 from pipeline.layouts import IMAGE_SUFFIXES, Layout, Pair, Reject, Shard, read_layout
+from pipeline.redaction import redacted
 from rssnet.classes import Classes
 
 SHOWN = 3  # examples of rejects in a message
@@ -166,7 +167,7 @@ def take_inventory(source: str, name: str, selection: Selection, cut: Cut) -> tu
         rejected=len(layout.rejects),
         examples=layout.rejects[:SHOWN],
         passed_over=len(others),
-        passed_over_example=storage.redacted(others[0]) if others else "",
+        passed_over_example=redacted(others[0]) if others else "",
     )
     return inventory, chunks, rejects
 

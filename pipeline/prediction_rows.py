@@ -21,7 +21,7 @@ from pipeline.errors import PipelineError
 from pipeline.images import BadImage, decode_photograph
 from pipeline.parquet_sink import ParquetSink, Written
 from pipeline.progress import Reporter
-from pipeline.storage import StorageError
+from pipeline.storage_errors import StorageError
 
 TURN_FILE = "turn.json"
 ROWS_PER_FILE = 64

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.images import BadImage
 from pipeline.layouts import CANONICAL, IMAGE_SUFFIXES, Pair, Shard
+from pipeline.storage_errors import explanation
 
 MOST_BYTES = 2**30  # of a file in a tar shard
 FETCHED_AHEAD = 16  # pairs being read while others are decoded
@@ -84,7 +85,7 @@ def read_shard(shard: Shard) -> Iterator[Record]:
         yield _faulty(shard, "missing", f"{shard.url} was listed but is gone")
     except (tarfile.TarError, pa.ArrowInvalid, EOFError, OSError) as error:
         if isinstance(error, OSError) and not _is_damaged_parquet(shard.url):
-            raise storage.explanation(shard.url, error) from error
+            raise explanation(shard.url, error) from error
         yield _faulty(shard, "damaged", f"after {len(seen)} samples: {type(error).__name__}: {str(error)[:200]}")
 
 

@@ -23,6 +23,7 @@ from pipeline import charts, storage
 from pipeline.errors import PipelineError
 from pipeline.images import encode_png
 from pipeline.masks import FOLDER, PALETTE_CLASSES, overlay
+from pipeline.redaction import redacted
 from rssnet.classes import Classes
 
 FILE_NAME = "report.html"
@@ -184,7 +185,7 @@ def render(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"score": _score, "duration": _duration, "url": storage.redacted, "value": _value}
+    environment.filters |= {"score": _score, "duration": _duration, "url": redacted, "value": _value}
     return environment.get_template(f"{FILE_NAME}.j2").render(
         report=report,
         written=datetime.datetime.now(datetime.UTC),
@@ -309,12 +310,12 @@ def _pictures(overlays: Sequence[Overlay], classes: Classes) -> list[_Pictures]:
 def _require_fit(item: Overlay, classes: Classes) -> None:
     if item.image.dtype != np.uint8 or item.image.shape != (*item.class_map.shape, 3):
         raise PipelineError(
-            f"The overlay of {storage.redacted(item.uri)} has an image of {item.image.shape} {item.image.dtype} and a "
+            f"The overlay of {redacted(item.uri)} has an image of {item.image.shape} {item.image.dtype} and a "
             f"class map of {item.class_map.shape}: give (H, W, 3) uint8 and (H, W) of one size."
         )
     if item.class_map.min() < 0 or item.class_map.max() >= len(classes):
         raise PipelineError(
-            f"The class map of {storage.redacted(item.uri)} has ids from {item.class_map.min()} to "
+            f"The class map of {redacted(item.uri)} has ids from {item.class_map.min()} to "
             f"{item.class_map.max()}, but the report has {len(classes)} classes: give the classes of its model."
         )
 

@@ -11,7 +11,7 @@ import platform
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,8 @@ from typing import Any, Literal
 import rssnet
 from pipeline import storage
 from pipeline.errors import PipelineError, mendable_cause
+from pipeline.redaction import redacted
+from pipeline.storage_errors import StorageError
 
 FILE_NAME = "run.json"
 SCHEMA_VERSION = 1
@@ -69,13 +71,11 @@ def read_record(url: str) -> RunRecord | None:
     except FileNotFoundError:
         return None
     if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
-        raise storage.StorageError(
-            f"{place} is not a run record of schema version {SCHEMA_VERSION}: choose another place."
-        )
+        raise StorageError(f"{place} is not a run record of schema version {SCHEMA_VERSION}: choose another place.")
     try:
         return RunRecord(**document)
     except TypeError as error:
-        raise storage.StorageError(
+        raise StorageError(
             f"{place} is not a run record of schema version {SCHEMA_VERSION} ({error}): choose another place."
         ) from error
 
@@ -94,7 +94,7 @@ def finished_record(url: str, workflow: str, config: Any, inputs: dict[str, str]
 
 def differences(record: RunRecord, config: Any, inputs: dict[str, str]) -> list[str]:
     """How the work at hand differs from the recorded one: `name: recorded -> now` per field, and the inputs by name."""
-    recorded, now, absent = _flat(record.config), _flat(identity(config)), "(absent)"
+    recorded, now, absent = flat(record.config), flat(identity(config)), "(absent)"
     fields = [
         f"{name}: {recorded.get(name, absent)} -> {now.get(name, absent)}"
         for name in sorted(recorded.keys() | now.keys())
@@ -169,7 +169,7 @@ def record_run(
         record.outcome = "failed"
         record.error = _reason(error)
         record.finished, record.seconds = _now(), round(time.monotonic() - begun, 3)
-        with suppress(storage.StorageError):  # the failure being raised matters more; the record then stays `running`
+        with suppress(StorageError):  # the failure being raised matters more; the record then stays `running`
             _write(url, record)
         raise
     record.outcome = "done"
@@ -180,7 +180,7 @@ def record_run(
 def _reason(error: BaseException) -> str:
     if not isinstance(error, Exception):  # Ctrl-C, or the process was asked to end
         return "interrupted"
-    return storage.redacted(str(mendable_cause(error) or f"{type(error).__name__}: {error}"))[:2000]
+    return redacted(str(mendable_cause(error) or f"{type(error).__name__}: {error}"))[:2000]
 
 
 def versions() -> dict[str, str]:
@@ -229,15 +229,16 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_jsonable(item) for item in value]
     if isinstance(value, str):
-        return storage.redacted(value)
+        return redacted(value)
     return value
 
 
-def _flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, whose names have the outer names and a dot before them."""
+    found: dict[str, Any] = {}
     for name, value in document.items():
-        if isinstance(value, dict) and value:
-            flat.update(_flat(value, f"{prefix}{name}."))
+        if isinstance(value, Mapping) and value:
+            found.update(flat(value, f"{prefix}{name}."))
         else:
-            flat[prefix + name] = value
-    return flat
+            found[prefix + name] = value
+    return found

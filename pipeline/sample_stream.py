@@ -3,7 +3,8 @@
 The row groups of the dataset, in another order each epoch, make one endless sequence; worker `r` of `n` takes every
 n-th of it, beginning with the r-th. So each epoch reads each byte once, no sample is dropped or doubled to make shards
 equal, and what a worker sees is fixed by seed, world size and position alone: a resumed run goes on with the very next
-sample.
+sample. With another number of workers it goes on from the same place of the sequence, to within the windows that they
+were in.
 
 The tasks are Ray generators with back-pressure, not a Ray Data plan: the streaming executor of ray 2.60 polls without
 pause while its consumer is the slower side, in the process of the training worker, and took half a core of two there.

@@ -19,6 +19,7 @@ from pipeline.inventory import SHOWN, selected_layout, stable_fraction
 from pipeline.layouts import Layout, Reject
 from pipeline.progress import announce
 from pipeline.records import Record, read_pairs, read_shard
+from pipeline.redaction import redacted
 
 SAMPLE = 64  # images that are read
 DRAWN = 6  # of them drawn
@@ -47,9 +48,9 @@ def preview_source(config: IngestConfig) -> None:
     for line in _findings(layout, tally, config.max_reject_fraction):
         announce(line)
     if config.preview and not drawn:
-        raise PipelineError(f"None of the images read of {storage.redacted(config.source)} can be drawn: mend them.")
+        raise PipelineError(f"None of the images read of {redacted(config.source)} can be drawn: mend them.")
     if others:
-        announce(f"  {len(others)} other files are passed over, such as {storage.redacted(others[0])}")
+        announce(f"  {len(others)} other files are passed over, such as {redacted(others[0])}")
     if config.preview:
         storage.write_bytes(config.preview, contact_sheet([_panels(row) for row in drawn], layout.classes))
         announce(f"  {len(drawn)} images are drawn in {config.preview}")

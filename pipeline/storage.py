@@ -27,6 +27,8 @@ import fsspec
 import pyarrow.fs as arrow_fs
 
 from pipeline.errors import PipelineError
+from pipeline.redaction import redacted
+from pipeline.storage_errors import StorageError, explanation, no_bucket
 
 SCHEMES = ("s3", "gs", "file")
 UPLOADED_TOGETHER = 32  # files that upload_folder holds in memory
@@ -34,15 +36,6 @@ NOTHING_THERE = (errno.ENOENT, errno.ELOOP)  # the latter of links that lead to 
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _UNUSABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # the last are what Python makes of bytes that are no UTF-8
-_HOST_AND_PORT = re.compile(r"([^:@\[\]]+:[0-9]+|\[[0-9A-Fa-f:.]+\](:[0-9]+)?)[.,:;)'\"]*")
-_SECRET_PARAMETER = re.compile(
-    r"([?&](?:access_key|secret_key|session_token|token|sig|X-Amz-(?:Signature|Credential|Security-Token))=)[^&\s]+",
-    re.IGNORECASE,
-)
-
-
-class StorageError(PipelineError):
-    """A place that cannot be reached, read or written, with what to do about it."""
 
 
 @dataclass(frozen=True)
@@ -95,27 +88,6 @@ def split(url: str) -> tuple[str, str]:
     return scheme, path.rstrip("/")
 
 
-def redacted(text: str) -> str:
-    """A URL, or a text with URLs in it, without user names, passwords and keys: fit for a log or a record."""
-    return _SECRET_PARAMETER.sub(r"\1***", re.sub(r"(?<=://)\S+", _without_user, text))
-
-
-def _without_user(match: re.Match[str]) -> str:
-    """What follows `://`, with `***` in place of a user and password."""
-    rest = match.group()
-    authority = rest.partition("/")[0]
-    if not authority.strip(".,:;)'\""):
-        return rest  # a scheme alone, as in "use s3://, or gs://."
-    user, at, _ = authority.rpartition("@")
-    if at and ":" not in user:
-        return f"***{rest[len(user) :]}"
-    if at or (":" in authority and not _HOST_AND_PORT.fullmatch(authority)):
-        # A password, in which slashes are common: everything before the last @ may be part of it.
-        _, at, place = rest.rpartition("@")
-        return f"***@{place}" if at else "***"
-    return rest
-
-
 def _refuse_misread_names(url: str) -> None:
     found = _UNUSABLE.search(url)
     if found:
@@ -156,7 +128,7 @@ def arrow_filesystem(url: str) -> tuple[arrow_fs.FileSystem, str]:
     if scheme == "file":
         return arrow_fs.LocalFileSystem(), path
     bucket = path.partition("/")[0]
-    with _explained(url):
+    with explained(url):
         filesystem, _ = arrow_fs.FileSystem.from_uri(f"{scheme}://{bucket}")
     return filesystem, path
 
@@ -171,7 +143,7 @@ def read_bytes(url: str) -> bytes:
     scheme, path = split(url)
     # In one request: s3fs would first ask for the size, and gives up sooner where that is answered with "slow down".
     options = {"max_concurrency": 1} if scheme == "s3" else {}
-    with _explained(url, absence=False):
+    with explained(url, absence=False):
         return _fsspec(scheme).cat_file(path, **options)
 
 
@@ -182,7 +154,7 @@ def open_input(url: str) -> IO[bytes]:
         FileNotFoundError, StorageError: as `read_bytes`.
     """
     scheme, path = split(url)
-    with _explained(url, absence=False):
+    with explained(url, absence=False):
         return _fsspec(scheme).open(path, "rb")
 
 
@@ -192,7 +164,7 @@ def write_bytes(url: str, data: bytes) -> None:
     An object store replaces atomically by itself; on a local disk the bytes go to a temporary name first.
     """
     scheme, path = split(url)
-    with _explained(url):
+    with explained(url):
         if scheme != "file":
             _fsspec(scheme).pipe_file(path, data)
             return
@@ -227,7 +199,7 @@ def exists(url: str) -> bool:
     """Whether an object, or anything below a prefix, is there."""
     scheme, path = split(url)
     try:
-        with _explained(url, absence=False):
+        with explained(url, absence=False):
             _fsspec(scheme).info(path)  # not exists(): that says no where a bucket cannot be reached
     except FileNotFoundError:
         return False
@@ -241,7 +213,7 @@ def list_objects(url: str) -> Iterator[StoredObject]:
     exist is an error.
     """
     scheme, path = split(url)
-    with _explained(url):
+    with explained(url):
         found = _local_files(path) if scheme == "file" else _fsspec(scheme).find(path, detail=True)
     prefix = f"{scheme}://" if "://" in url else ""
     for key in sorted(found):
@@ -286,7 +258,7 @@ def stat(url: str) -> StoredObject:
         StorageError: if the store cannot say.
     """
     scheme, path = split(url)
-    with _explained(url, absence=False):
+    with explained(url, absence=False):
         info = _fsspec(scheme).info(path)
     return StoredObject(url=url, size=int(info["size"] or 0), version=_version(info))
 
@@ -294,7 +266,7 @@ def stat(url: str) -> StoredObject:
 def delete(url: str) -> None:
     """Delete an object, or everything below a prefix. Nothing there is no error."""
     scheme, path = split(url)
-    with _explained(url):
+    with explained(url):
         if scheme != "file":
             filesystem = _fsspec(scheme)
             for key in {*filesystem.find(path), path} - {path.partition("/")[0]}:
@@ -319,7 +291,7 @@ def upload_folder(folder: Path, url: str) -> None:
     for start in range(0, len(files), UPLOADED_TOGETHER):
         together = slice(start, start + UPLOADED_TOGETHER)
         pairs = zip(places[together], files[together], strict=True)
-        with _explained(url):
+        with explained(url):
             _fsspec(scheme).pipe({split(place)[1]: file.read_bytes() for place, file in pairs})
 
 
@@ -328,11 +300,11 @@ def require_bucket(url: str) -> None:
     scheme, path = split(url)
     if scheme != "file":
         bucket = path.partition("/")[0]
-        with _explained(url):
+        with explained(url):
             try:
                 _fsspec(scheme).info(bucket)
             except FileNotFoundError as error:
-                raise _no_bucket(url) from error
+                raise no_bucket(url) from error
 
 
 def _fsspec(scheme: str) -> Any:
@@ -359,7 +331,7 @@ def _version(info: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _explained(url: str, *, absence: bool = True) -> Iterator[None]:
+def explained(url: str, *, absence: bool = True) -> Iterator[None]:
     """A `with` block whose errors become a StorageError; that nothing is there only if `absence` is to be explained."""
     try:
         yield
@@ -370,48 +342,3 @@ def _explained(url: str, *, absence: bool = True) -> Iterator[None]:
         if nothing_there and not absence:
             raise FileNotFoundError(f"{url} does not exist") from error
         raise explanation(url, error) from error
-
-
-def explanation(url: str, error: Exception) -> StorageError:
-    """The one sentence for a failure of a store's client library, whose classes differ by store and by layer."""
-    place, text = redacted(url), str(error)
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    scheme, path = split(url)
-    if any(said in text for said in ("bucket does not exist", "NO_SUCH_BUCKET", "NoSuchBucket")):
-        return _no_bucket(url)
-    if scheme != "file" and "/" not in path and "ParamValidationError" in kinds:
-        return StorageError(f"{place} is a bucket: name an object or a prefix in it.")
-    if isinstance(error, FileNotFoundError):
-        return StorageError(f"{place} does not exist: correct the URL, or run the step that writes it.")
-    if isinstance(error, (NotADirectoryError, IsADirectoryError, FileExistsError)):
-        return StorageError(
-            f"{place}: a file and a folder of the same name are in each other's way: choose another place."
-        )
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return StorageError(f"{place}: no space left on the device: free some, or choose another place.")
-    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        return StorageError(f"{place[:80]}...: the name is too long for this disk: shorten it.")
-    if scheme == "file" and isinstance(error, PermissionError):
-        return StorageError(f"{place}: permission denied: change the folder's permissions, or choose another place.")
-    if "Invalid endpoint" in text:
-        endpoint = redacted(os.environ.get("AWS_ENDPOINT_URL", ""))
-        return StorageError(f"AWS_ENDPOINT_URL={endpoint} is not a URL: write it like https://host:port.")
-    if kinds & {"ConnectionError", "HTTPClientError", "TimeoutError"} or "NETWORK_CONNECTION" in text:
-        endpoint = os.environ.get("AWS_ENDPOINT_URL", "the store's default endpoint")
-        return StorageError(f"{place}: no connection to {redacted(endpoint)}: check AWS_ENDPOINT_URL and the network.")
-    if kinds & {"NoCredentialsError", "PartialCredentialsError"}:
-        return StorageError(
-            f"{place}: no credentials found: set them in the environment or give the machine an identity."
-        )
-    if isinstance(error, PermissionError) or any(
-        said in text for said in ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH")
-    ):
-        return StorageError(
-            f"{place}: access denied: check the credentials in the environment and the bucket's policy."
-        )
-    return StorageError(f"{place}: {type(error).__name__}: {redacted(' '.join(text.split()))[:300]}")
-
-
-def _no_bucket(url: str) -> StorageError:
-    bucket = split(url)[1].partition("/")[0]
-    return StorageError(f"{redacted(url)}: there is no bucket named {bucket}: create it, or correct the name.")

@@ -6,6 +6,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -16,24 +17,27 @@ import ray.train.torch
 import torch
 import torch.distributed
 from ray.util import get_current_placement_group
+from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
 from pipeline import dataset, storage
+from pipeline.checkpoints import Checkpoints, best_iterations
 from pipeline.errors import PipelineError
+from pipeline.parallel_model import parallel_model, shard, whole_model
 from pipeline.prediction import predictor_of, write_inference
 from pipeline.progress import Reporter
+from pipeline.run_record import identity
 from pipeline.sample_stream import plan_windows, sample_batches
 from pipeline.scoring import COLUMNS, confusion_matrix
 from pipeline.train_step import TrainStep, mean_over_workers
-from pipeline.training import HISTORY_FILE, MODEL_FOLDER, TrainConfig, build_optimizer
-from pipeline.training_log import PICTURED, TensorBoardLog, write_pictures
+from pipeline.training import BEST_FOLDER, MODEL_FOLDER, TrainConfig, build_optimizer
+from pipeline.training_log import HISTORY_FILE, PICTURED, RunLog
 from pipeline.transforms import Augmentation
 from rssnet import RSSNet
 from rssnet.losses import RSSNetLoss, alone, check_batch
 from rssnet.metrics import ConfusionMatrix
 
 LOG_EVERY = 10
-STATE_FILE = "state.pt"
 SCORES = ("miou", "macc", "aacc")  # of a validation
 PLACEMENT_GROUP = "placement_group"  # among the reported metrics: its id
 
@@ -63,13 +67,15 @@ class _Training:
 
         torch.manual_seed(config.seed)  # the same initial weights on every worker
         model = RSSNet(config.model, self.data.classes).to(self.device)
-        model = model.to(memory_format=self.layout)  # pyright: ignore[reportCallIssue] torch has it, its types do not
+        if config.resources.channels_last:
+            model = model.to(memory_format=self.layout)  # pyright: ignore[reportCallIssue] as in parallel_model
         if self.world_size > 1 and config.resources.use_gpu:
             model = cast(RSSNet, nn.SyncBatchNorm.convert_sync_batchnorm(model))  # only some backbones have any
         self.mean = torch.tensor(model.pixel_mean, device=self.device).view(1, 3, 1, 1) * 255
         self.std = torch.tensor(model.pixel_std, device=self.device).view(1, 3, 1, 1) * 255
         shared = mean_over_workers if self.world_size > 1 else alone
-        parallel = ray.train.torch.prepare_model(model, move_to_device=False)
+        average = self._average(model)
+        parallel = parallel_model(model, config.resources.parallelism)
         self.step = TrainStep(
             model,
             cast(nn.Module, torch.compile(parallel)) if config.resources.compile else parallel,
@@ -78,17 +84,34 @@ class _Training:
             precision=config.precision,
             accumulation=config.optimizer.accumulation,
             clip_grad_norm=config.optimizer.clip_grad_norm,
-            ema_decay=config.optimizer.ema_decay,
+            average=average,
         )
         self.history: dict[str, list[dict[str, Any]]] = {"training": [], "validation": [], "skipped": []}
-        self._restore()
-        self.tensorboard = TensorBoardLog(config.run, self.step.iteration) if self.rank == 0 else None
-        self.started, self.first, self.waited = time.monotonic(), self.step.iteration, 0.0
+        self.checkpoints = Checkpoints(config.run, writes=self.rank == 0)
+        state = self.checkpoints.restore()
+        if state is not None:
+            self.step.load_state_dict(state["step"])
+            self.history = state["history"]
+        self.log: RunLog | None = None
+        if self.rank == 0:
+            self.log = RunLog(config.run, self.step.iteration, config.trackers, identity(config))
+        self.clock, self.preempted = _Clock(), False
 
     @property
     def model(self) -> RSSNet:
-        """What is validated and kept."""
+        """What is validated and kept, whole or in shards."""
         return cast(RSSNet, self.step.evaluated)
+
+    def _average(self, model: RSSNet) -> ModelEmaV3 | None:
+        """The moving average of the weights, in shards where the model is to be."""
+        config, sharded = self.config, self.config.resources.parallelism == "fsdp"
+        if not config.optimizer.ema_decay:
+            return None
+        # timm's faster way does not take parameters that are in shards together with buffers that are not.
+        average = ModelEmaV3(model, decay=config.optimizer.ema_decay, use_warmup=True, foreach=not sharded)
+        if sharded:
+            shard(cast(RSSNet, average.module))
+        return average
 
     def run(self) -> None:
         config = self.config
@@ -99,34 +122,36 @@ class _Training:
             loss = self.step(images, labels)
             if self.step.skipped_in_a_row:
                 self._skipped(batch, images, labels, loss)
+            self.clock.stepped()
             log, evaluate, checkpoint = self._due()
             if log:
                 self._log(float(loss))
             if evaluate or checkpoint:
                 self._report(float(loss), evaluate, checkpoint)
-        if self.rank == 0:
-            self._write_history()  # again: a run that was killed between its last report and this has not
-            with tempfile.TemporaryDirectory() as folder:
-                self.model.save_pretrained(folder)
-                write_inference(Path(folder), config.inference)
-                storage.upload_folder(Path(folder), storage.join(config.run, MODEL_FOLDER))
+                self.clock.start()
+        model = whole_model(self.model)
+        if self.log is not None:
+            self.log.write(self.history)  # again: a run that was killed between its last report and this has not
+            self._keep(model, MODEL_FOLDER)
+            self.log.finish()
 
     def _batches(self) -> Iterator[dict[str, np.ndarray]]:
         """The batches that are still to come; the time that they are waited for is counted."""
         config, done = self.config, self.step.iteration
         if done >= config.iterations:
             return
-        batch_size = config.batch_size // self.world_size
+        share, rest = divmod(config.batch_size, self.world_size)
+        batch_size = share + (self.rank < rest)
         fill = tuple(round(255 * value) for value in self.model.pixel_mean)
         augmentation = Augmentation(config.augmentation, config.model.image_hw, (fill[0], fill[1], fill[2]))
         chunks = self.data.chunks(config.train_split)
         shard = (self.rank, self.world_size)
         windows = plan_windows(chunks, config.seed, shard, done * batch_size, config.iterations * batch_size)
         with contextlib.closing(sample_batches(windows, augmentation, config.seed, batch_size)) as batches:
+            self.clock.start()
             for _ in range(done, config.iterations):
-                asked = time.monotonic()
-                batch = next(batches)
-                self.waited += time.monotonic() - asked
+                with self.clock.waiting():
+                    batch = next(batches)
                 yield batch
 
     def _on_device(self, batch: dict[str, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,25 +162,30 @@ class _Training:
         """Whether this iteration is logged, evaluated, and kept as a checkpoint."""
         config, iteration = self.config, self.step.iteration
         last = iteration == config.iterations
-        log = iteration == 1 or iteration % LOG_EVERY == 0
-        return log, last or iteration % config.evaluate_every == 0, last or iteration % config.checkpoint_every == 0
+        log, evaluate = iteration == 1 or iteration % LOG_EVERY == 0, last or iteration % config.evaluate_every == 0
+        checkpoint = last or iteration % config.checkpoint_every == 0
+        if iteration % LOG_EVERY == 0 and not self.preempted and ray.train.get_preemption_info() is not None:
+            checkpoint = self.preempted = True  # a node is to be taken away: what is done so far is kept now
+        return log, evaluate, checkpoint
 
     def _log(self, loss: float) -> None:
-        if self.tensorboard is None:
+        if self.log is None:
             return
-        lr = float(self.step.schedule.get_last_lr()[-1])
-        passed = time.monotonic() - self.started
-        rate = (self.step.iteration - self.first) * self.config.batch_size / passed
-        point = {"iteration": self.step.iteration, "loss": loss if math.isfinite(loss) else None, "lr": lr}
-        self.history["training"].append(point)
-        waited = self.waited / passed
-        scalars = {"train/loss": loss, "train/lr": lr, "speed/images_per_second": rate, "speed/data_wait_share": waited}
-        self.tensorboard.add(self.step.iteration, scalars)
+        iteration, lr = self.step.iteration, float(self.step.schedule.get_last_lr()[-1])
+        rate, waited = self.clock.read()
+        rate *= self.config.batch_size
+        self.history["training"].append(
+            {"iteration": iteration, "loss": loss if math.isfinite(loss) else None, "lr": lr, "data_wait": waited}
+        )
+        curves = {"train/loss": loss, "train/lr": lr, "speed/images_per_second": rate, "speed/data_wait_share": waited}
+        self.log.add(iteration, curves)
         note = f"loss {loss:.3f}, lr {lr:.1e}, {rate:.1f} images/s, {100 * waited:.0f} % waiting for data"
         note += f", {_peak_memory(self.device) / 2**30:.1f} GB"
         if self.step.skipped:
             note += f", {self.step.skipped} steps skipped"
-        self.reporter.update(self.step.iteration, note)
+        if self.log.lost:
+            note += f", {self.log.lost}"
+        self.reporter.update(iteration, note)
 
     def _skipped(
         self, batch: dict[str, np.ndarray], images: torch.Tensor, labels: torch.Tensor, loss: torch.Tensor
@@ -175,8 +205,9 @@ class _Training:
             torch.distributed.all_gather_object(gathered, mine)
         self.history["skipped"].append({"iteration": self.step.iteration, "workers": gathered})
         if self.step.skipped_in_a_row >= self.config.nonfinite_limit:
-            if self.rank == 0:
-                self._write_history()
+            if self.log is not None:
+                self.log.write(self.history)
+                self.log.finish()
             faults = [worker["fault"] for worker in gathered if "fault" in worker]
             raise PipelineError(
                 f"{self.step.skipped_in_a_row} steps in a row, up to iteration {self.step.iteration}, had a gradient "
@@ -193,23 +224,15 @@ class _Training:
             metrics[PLACEMENT_GROUP] = group.id.hex()
         if self.history["validation"]:
             metrics |= {name: self.history["validation"][-1][name] for name in SCORES}
-        with tempfile.TemporaryDirectory() as folder:
-            state = None
-            if checkpoint and self.rank == 0:
-                self._save(Path(folder))
-                state = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report(metrics, checkpoint=state)
-        if self.tensorboard is not None:
-            self.tensorboard.upload()
-            self._write_history()
-
-    def _write_history(self) -> None:
-        storage.write_json(storage.join(self.config.run, HISTORY_FILE), self.history)
+        state = {"step": self.step.state_dict(), "history": self.history} if checkpoint else None
+        self.checkpoints.report(metrics, state)
+        if self.log is not None:
+            self.log.write(self.history)
 
     def _evaluate(self) -> None:
         """Validate on all workers, each its share; the sum of their confusion matrices is exact."""
-        self.model.eval()
-        predictor = predictor_of(self.model, self.config.inference)
+        model = whole_model(self.model).eval()
+        predictor = predictor_of(model, self.config.inference)
         rows = self.data.rows(self.config.val_split, COLUMNS, shard=(self.rank, self.world_size))
         matrix = confusion_matrix(predictor, rows, len(self.data.classes))
         counts = torch.as_tensor(matrix.counts, device=self.device)
@@ -217,25 +240,63 @@ class _Training:
             torch.distributed.all_reduce(counts)
         scores = ConfusionMatrix(len(self.data.classes), counts=counts.cpu()).scores()
         iteration, found = self.step.iteration, {name: float(getattr(scores, name)) for name in SCORES}
+        before = best_iterations(self.history["validation"], self.config.keep_best)
         self.history["validation"].append({"iteration": iteration, **found})
-        if self.tensorboard is not None:
-            self.tensorboard.add(iteration, {f"validation/{name}": value for name, value in found.items()})
-            first = list(islice(self.data.rows(self.config.val_split, COLUMNS), PICTURED))
-            write_pictures(self.config.run, iteration, first, predictor, self.data.classes)
-
-    def _save(self, folder: Path) -> None:
-        torch.save({"step": self.step.state_dict(), "history": self.history}, folder / STATE_FILE)
-
-    def _restore(self) -> None:
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
+        if self.log is None:
             return
-        with checkpoint.as_directory() as folder:
-            state = torch.load(Path(folder) / STATE_FILE, map_location="cpu", weights_only=True)
-        if "step" not in state:
-            raise PipelineError(f"{self.config.run} has checkpoints of another version: start afresh with --new true.")
-        self.step.load_state_dict(state["step"])
-        self.history = state["history"]
+        self.log.add(iteration, {f"validation/{name}": value for name, value in found.items()})
+        first = list(islice(self.data.rows(self.config.val_split, COLUMNS), PICTURED))
+        self.log.add_pictures(iteration, first, predictor, self.data.classes)
+        best = best_iterations(self.history["validation"], self.config.keep_best)
+        if iteration in best:
+            self._keep(model, f"{BEST_FOLDER}/{iteration:07}")
+            for beaten in set(before) - set(best):
+                place = storage.join(self.config.run, BEST_FOLDER, f"{beaten:07}")
+                self.log.uploads.add(partial(storage.delete, place))
+
+    def _keep(self, model: RSSNet, name: str) -> None:
+        """Have the model uploaded to a folder of the run, whole or not at all for whoever looks for it there."""
+        assert self.log is not None
+        folder = tempfile.TemporaryDirectory()
+        model.save_pretrained(folder.name)
+        write_inference(Path(folder.name), self.config.inference)
+
+        def upload() -> None:
+            storage.upload_folder(Path(folder.name), storage.join(self.config.run, name))
+            folder.cleanup()
+
+        self.log.uploads.add(upload)
+
+
+class _Clock:
+    """How fast steps follow each other, and how much of the time they wait for data, since it was last read."""
+
+    def __init__(self) -> None:
+        self._begun = self._seconds = self._waited = 0.0
+        self._steps = 0
+
+    def start(self) -> None:
+        """A step begins: what was between the last one and this does not count."""
+        self._begun = time.monotonic()
+
+    def stepped(self) -> None:
+        """A step has ended, and the next one begins."""
+        now = time.monotonic()
+        self._seconds, self._begun, self._steps = self._seconds + now - self._begun, now, self._steps + 1
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A `with` block that waits for data."""
+        asked = time.monotonic()
+        yield
+        self._waited += time.monotonic() - asked
+
+    def read(self) -> tuple[float, float]:
+        """Steps per second, and the share of them that was spent waiting."""
+        rate, waited = self._steps / self._seconds, self._waited / self._seconds
+        self._seconds = self._waited = 0.0
+        self._steps = 0
+        return rate, waited
 
 
 def _peak_memory(device: torch.device) -> int:

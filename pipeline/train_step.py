@@ -5,15 +5,27 @@ Nothing here knows Ray; workers that share a batch are told of through torch.dis
 
 import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from rssnet.losses import RSSNetLoss
+
+_COUNTERS = ("iteration", "skipped", "skipped_in_a_row")
 
 
 class TrainStep:
@@ -23,7 +35,7 @@ class TrainStep:
     schedule goes on. The gradient is that of the whole batch after all workers have shared theirs, so they all skip.
 
     Args:
-        model: on its device; what is saved and evaluated.
+        model: on its device, whole or this worker's shards of it; what is saved and evaluated.
         parallel: what the batch goes through: the model, or a wrapper of it such as DistributedDataParallel.
         criterion: of the model's output and labels.
         optimizer, schedule: stepped once per batch.
@@ -31,7 +43,7 @@ class TrainStep:
         accumulation: parts that a batch is computed in, one after the other, to save memory. Each part is averaged
             over its own pixels, as each batch is.
         clip_grad_norm: largest norm of the gradient, beyond which it is scaled down; 0 is off.
-        ema_decay: of the exponential moving average of the weights; 0 is off.
+        average: the exponential moving average of the weights, of the same shards; None for none.
     """
 
     def __init__(
@@ -44,12 +56,12 @@ class TrainStep:
         precision: str = "fp32",
         accumulation: int = 1,
         clip_grad_norm: float = 0.0,
-        ema_decay: float = 0.0,
+        average: ModelEmaV3 | None = None,
     ) -> None:
         self.model, self.parallel, self.criterion = model, parallel, criterion
         self.optimizer, self.schedule = optimizer, schedule
         self.precision, self.accumulation, self.clip_grad_norm = precision, accumulation, clip_grad_norm
-        self.average = ModelEmaV3(model, decay=ema_decay, use_warmup=True) if ema_decay else None
+        self.average = average
         self.iteration = self.skipped = self.skipped_in_a_row = 0
 
     @property
@@ -73,16 +85,19 @@ class TrainStep:
         self.parallel.train()
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
-        parts = list(zip(images.chunk(self.accumulation), labels.chunk(self.accumulation), strict=True))
+        cuts = (images.tensor_split(self.accumulation), labels.tensor_split(self.accumulation))
+        parts = list(zip(*cuts, strict=True))
         for number, (part, truth) in enumerate(parts, start=1):
             with self._gradients_kept_back(number < len(parts)):
                 with torch.autocast(part.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                     output = self.parallel(part)
-                loss = self.criterion(output, truth)["loss"] / len(parts)
+                loss = self.criterion(output, truth)["loss"] * (len(part) / len(images))
                 loss.backward()
             losses.append(loss.detach())
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         norm = get_total_norm(gradients)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         if math.isfinite(float(norm)):  # the one time that a step waits for its device
             if self.clip_grad_norm:
                 clip_grads_with_norm_(self.model.parameters(), self.clip_grad_norm, norm)
@@ -98,31 +113,41 @@ class TrainStep:
         return torch.stack(losses).sum()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a later process needs to go on as if it were this one."""
-        return {
-            "model": self.model.state_dict(),
-            "average": None if self.average is None else self.average.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "iteration": self.iteration,
-            "skipped": self.skipped,
-            "skipped_in_a_row": self.skipped_in_a_row,
-        }
+        """All that a later process needs to go on as if it were this one, on the CPU.
+
+        Of a model in shards it is whole, so that another number of workers can go on with it. All workers have to call
+        this then, and the first one alone gets tensors.
+        """
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        model, optimizer = get_state_dict(self.model, self.optimizer, options=whole)
+        average = None
+        if self.average is not None:
+            average = get_model_state_dict(self.average.module, options=whole)
+        counters = {name: getattr(self, name) for name in _COUNTERS}
+        schedule = self.schedule.state_dict()
+        return {"model": model, "average": average, "optimizer": optimizer, "schedule": schedule, **counters}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
-        self.model.load_state_dict(state["model"])
+        """Go on where `state_dict` was taken, with any number of workers; each of them is given the whole state."""
+        whole = StateDictOptions(full_state_dict=True)
+        optimizer = state["optimizer"]
+        set_state_dict(
+            self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=optimizer, options=whole
+        )
         if self.average is not None:
-            self.average.module.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+            set_model_state_dict(self.average.module, state["average"], options=whole)
         self.schedule.load_state_dict(state["schedule"])
-        for name in ("iteration", "skipped", "skipped_in_a_row"):
+        for name in _COUNTERS:
             setattr(self, name, state[name])
 
-    def _gradients_kept_back(self, kept: bool) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def _gradients_kept_back(self, kept: bool) -> Iterator[None]:
         """Workers share their gradients once per batch, at its last part."""
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(not kept)
         no_sync = getattr(self.parallel, "no_sync", None)  # of DistributedDataParallel, compiled or not
-        return no_sync() if kept and no_sync else contextlib.nullcontext()
+        with no_sync() if kept and no_sync else contextlib.nullcontext():
+            yield
 
 
 def mean_over_workers(count: Tensor) -> Tensor:

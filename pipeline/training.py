@@ -11,21 +11,28 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.callback import UserCallback
 
 from pipeline import dataset, storage
+from pipeline.checkpoints import CHECKPOINTS_FOLDER
 from pipeline.cluster import connected, interruptible, require_capacity
 from pipeline.dataset import SegmentationDataset
 from pipeline.errors import PipelineError
 from pipeline.evaluation import scores_text
+from pipeline.parallel_model import Parallelism
 from pipeline.prediction import InferenceConfig, predictor_of
 from pipeline.progress import Progress, Reporter, announce
 from pipeline.run_record import RunRecord, finished_record, record_run, refuse_other_work
 from pipeline.sample_stream import FEEDING_CPUS
-from pipeline.training_log import PICTURES_FOLDER, TENSORBOARD_FOLDER
+from pipeline.training_log import (
+    HISTORY_FILE,
+    PICTURES_FOLDER,
+    TENSORBOARD_FOLDER,
+    TrackerName,
+    require_trackers,
+)
 from pipeline.transforms import AugmentationConfig
 from rssnet import LossConfig, RSSNet, RSSNetConfig, RSSNetLoss, parameter_groups, poly_with_warmup
 
-CHECKPOINTS_FOLDER = "checkpoints"
 MODEL_FOLDER = "model"
-HISTORY_FILE = "history.json"
+BEST_FOLDER = "best"
 CONTROLLER_FAILURES = 3  # ray retries a group that cannot start for ever unless told a number
 
 
@@ -65,6 +72,10 @@ class ResourcesConfig:
 
     Args:
         workers: training processes; the batch is shared among them.
+        min_workers: train with as few of them while the cluster does not have more, and with more again when it does;
+            each change goes back to the last checkpoint. Without it there are always `workers`.
+        parallelism: `ddp` for a whole model on each worker; `fsdp` for its shards, where one GPU cannot hold weights,
+            gradients and moments.
         use_gpu: one GPU for each worker.
         cpus_per_worker: CPUs that Ray reserves for each worker; rounded up, its number of threads.
         max_failures: how often a failed worker group is started again from its last checkpoint.
@@ -73,11 +84,18 @@ class ResourcesConfig:
     """
 
     workers: int = 1
+    min_workers: int | None = None
+    parallelism: Parallelism = "ddp"
     use_gpu: bool = False
     cpus_per_worker: float = 1.0
     max_failures: int = 2
     compile: bool = False
     channels_last: bool = False
+
+    @property
+    def fewest_workers(self) -> int:
+        """With fewer there is no training."""
+        return self.workers if self.min_workers is None else self.min_workers
 
 
 @dataclass(frozen=True)
@@ -98,10 +116,14 @@ class TrainConfig:
         nonfinite_limit: steps in a row without a finite gradient, each of which is skipped, that end the training.
         evaluate_every: iterations between validations.
         checkpoint_every: iterations between checkpoints.
+        keep_checkpoints: the last so many checkpoints are kept.
+        keep_best: the models of the so many validations with the highest mIoU are kept, in `<run>/best/<iteration>`.
         train_split: split to train on.
         val_split: split to validate on.
         seed: of weights, order and augmentation.
         resources: what to ask the cluster for.
+        trackers: log to `mlflow` or `wandb` too, whose packages have to be installed; their own environment variables
+            say where the server is.
         new: start afresh, replacing what an earlier run left there.
     """
 
@@ -118,10 +140,13 @@ class TrainConfig:
     nonfinite_limit: int = 10
     evaluate_every: int = 4000
     checkpoint_every: int = 1000
+    keep_checkpoints: int = field(default=2, metadata={"identity": False})
+    keep_best: int = field(default=1, metadata={"identity": False})
     train_split: str = "train"
     val_split: str = "val"
     seed: int = 0
     resources: ResourcesConfig = field(default_factory=ResourcesConfig, metadata={"identity": False})
+    trackers: tuple[TrackerName, ...] = field(default=(), metadata={"identity": False})
     new: bool = field(default=False, metadata={"identity": False})
 
 
@@ -142,6 +167,7 @@ def train(config: TrainConfig) -> RunRecord:
             return finished
         refuse_other_work(config.run, "train", config, inputs, resumes=True)
     outputs = [CHECKPOINTS_FOLDER, MODEL_FOLDER, HISTORY_FILE, TENSORBOARD_FOLDER, PICTURES_FOLDER]
+    outputs += [BEST_FOLDER] if config.keep_best else []
     with connected():
         require_resources(config.resources)
         with record_run(config.run, "train", config, inputs, outputs, keep=not config.new) as record:
@@ -163,15 +189,26 @@ def completed(config: TrainConfig, data: SegmentationDataset) -> TrainConfig:
     """
     for split in (config.train_split, config.val_split):
         data.require_labels(split)
-    for name in ("iterations", "batch_size", "evaluate_every", "checkpoint_every", "nonfinite_limit"):
+    counts = ("iterations", "batch_size", "evaluate_every", "checkpoint_every", "nonfinite_limit", "keep_checkpoints")
+    for name in counts:
         if getattr(config, name) < 1:
             raise PipelineError(f"{name} is {getattr(config, name)}: give 1 or more.")
+    if config.keep_best < 0:
+        raise PipelineError(f"keep_best is {config.keep_best}: give 0 or more.")
     workers, accumulation = config.resources.workers, config.optimizer.accumulation
-    if workers < 1 or accumulation < 1 or config.batch_size % (workers * accumulation):
+    if workers < 1 or accumulation < 1 or config.batch_size < workers * accumulation:
         raise PipelineError(
-            f"batch_size {config.batch_size} cannot be shared evenly by resources.workers {workers} times "
-            f"optimizer.accumulation {accumulation}: make it a multiple of both."
+            f"batch_size {config.batch_size} cannot be shared by resources.workers {workers} times "
+            f"optimizer.accumulation {accumulation}: give 1 or more of each, and no more of both than images."
         )
+    if not 1 <= config.resources.fewest_workers <= workers:
+        raise PipelineError(
+            f"resources.min_workers is {config.resources.min_workers}: give 1 or more, and at most the {workers} of "
+            "resources.workers."
+        )
+    if config.resources.parallelism == "fsdp" and config.resources.channels_last:
+        raise PipelineError("resources.channels_last is true, but shards (fsdp) have no such layout: leave it out.")
+    require_trackers(config.trackers)
     if not 0 <= config.optimizer.ema_decay < 1:
         raise PipelineError(f"optimizer.ema_decay is {config.optimizer.ema_decay}: give 0 or more, and less than 1.")
     classes = len(data.classes)
@@ -215,6 +252,7 @@ def fit(config: TrainConfig, reporter: Reporter, callbacks: Sequence[UserCallbac
 
     filesystem, path = storage.arrow_filesystem(config.run)
     resources = config.resources
+    workers = resources.workers if resources.min_workers is None else (resources.min_workers, resources.workers)
     per_worker: dict[str, Any] = {"CPU": resources.cpus_per_worker}
     if resources.use_gpu:
         per_worker["GPU"] = 1
@@ -222,7 +260,9 @@ def fit(config: TrainConfig, reporter: Reporter, callbacks: Sequence[UserCallbac
         train_worker,
         train_loop_config={"config": config, "reporter": reporter},
         scaling_config=ScalingConfig(
-            num_workers=resources.workers, use_gpu=resources.use_gpu, resources_per_worker=per_worker
+            num_workers=workers,
+            use_gpu=resources.use_gpu,
+            resources_per_worker=per_worker,
         ),
         run_config=RunConfig(
             name=CHECKPOINTS_FOLDER,
@@ -231,7 +271,7 @@ def fit(config: TrainConfig, reporter: Reporter, callbacks: Sequence[UserCallbac
             failure_config=FailureConfig(
                 max_failures=resources.max_failures, controller_failure_limit=CONTROLLER_FAILURES
             ),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
             callbacks=list(callbacks),
         ),
     )
@@ -240,8 +280,8 @@ def fit(config: TrainConfig, reporter: Reporter, callbacks: Sequence[UserCallbac
 
 
 def needed_cpus(resources: ResourcesConfig) -> float:
-    """CPUs of the workers and of the tasks that feed them."""
-    return resources.workers * (resources.cpus_per_worker + FEEDING_CPUS)
+    """CPUs of the workers, of the fewest where their number varies, and of the tasks that feed them."""
+    return resources.fewest_workers * (resources.cpus_per_worker + FEEDING_CPUS)
 
 
 def require_resources(resources: ResourcesConfig, beside: float = 0.0) -> None:
@@ -252,7 +292,7 @@ def require_resources(resources: ResourcesConfig, beside: float = 0.0) -> None:
     """
     require_capacity(
         needed_cpus(resources) + beside,
-        resources.workers if resources.use_gpu else 0,
-        f"{resources.workers} training workers and the tasks that feed them",
+        resources.fewest_workers if resources.use_gpu else 0,
+        f"{resources.fewest_workers} training workers and the tasks that feed them",
         "lower resources.workers or resources.cpus_per_worker, or set resources.use_gpu false",
     )

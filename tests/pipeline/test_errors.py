@@ -7,7 +7,7 @@ from ray.exceptions import RayTaskError
 from ray.train import WorkerGroupError
 
 from pipeline.errors import PipelineError, mendable_cause
-from pipeline.storage import StorageError
+from pipeline.storage_errors import StorageError
 
 MENDABLE = PipelineError("lr is -1: give a number above 0.")
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pipeline import storage
 from pipeline.local_s3 import LocalS3
-from pipeline.storage import StorageError
+from pipeline.storage_errors import StorageError
 
 # Whatever a file may be called, but for the few names that are refused.
 NAMES = (

@@ -9,7 +9,8 @@ import pytest
 
 from pipeline import storage
 from pipeline.local_s3 import LocalS3
-from pipeline.storage import StorageError
+from pipeline.redaction import redacted
+from pipeline.storage_errors import StorageError
 
 
 @pytest.fixture(scope="module")
@@ -105,12 +106,12 @@ def test_credentials_in_a_url_are_refused_and_not_repeated(url: str) -> None:
     ],
 )
 def test_what_is_no_credential_is_left_as_it_is(text: str) -> None:
-    assert storage.redacted(text) == text
+    assert redacted(text) == text
 
 
 def test_a_text_is_redacted_around_its_urls() -> None:
     text = "from s3://KEY:hu/sh@data/x to https://u@host:1/y?sig=hush&n=1, done"
-    assert storage.redacted(text) == "from s3://***@data/x to https://***@host:1/y?sig=***&n=1, done"
+    assert redacted(text) == "from s3://***@data/x to https://***@host:1/y?sig=***&n=1, done"
 
 
 @pytest.mark.usefixtures("server")
@@ -135,7 +136,7 @@ def strict(server: LocalS3) -> Iterator[None]:
 def test_with_wrong_credentials() -> None:
     def read_with_arrow(url: str) -> None:
         filesystem, path = storage.arrow_filesystem(url)
-        with storage._explained(url):
+        with storage.explained(url):
             filesystem.open_input_file(path)
 
     for operation in (storage.read_bytes, storage.exists, storage.require_bucket, listing, read_with_arrow):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor
 
 from pipeline.train_step import TrainStep
@@ -35,7 +36,8 @@ def step_of(
         optimizer = torch.optim.SGD(model.parameters(), lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda iteration: 1 / (1 + iteration))
     criterion = RSSNetLoss(LossConfig(), CLASSES)
-    return TrainStep(model, model, criterion, optimizer, schedule, precision, accumulation, clip_grad_norm, ema_decay)
+    average = ModelEmaV3(model, ema_decay, use_warmup=True) if ema_decay else None
+    return TrainStep(model, model, criterion, optimizer, schedule, precision, accumulation, clip_grad_norm, average)
 
 
 def batch_of(seed: int, size: int = 4) -> tuple[Tensor, Tensor]:

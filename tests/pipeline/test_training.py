@@ -42,7 +42,7 @@ _KILL_WORKER = """
 import psutil, sys, time
 from pathlib import Path
 run, driver = Path(sys.argv[1]), psutil.Process(int(sys.argv[2]))
-while not (run / "history.json").exists():
+while not list(run.glob("checkpoints/checkpoint_manager_snapshot.json")):
     time.sleep(0.01)
 processes = driver.children(recursive=True)
 (worker,) = [process for process in processes if process.cmdline()[:1] == ["ray::RayTrainWorker"]]
@@ -94,9 +94,9 @@ def weights(run: Path) -> bytes:
 
 
 def await_checkpoint(run: Path, while_true: Callable[[], bool]) -> None:
-    """Until a checkpoint has been reported; `history.json` is written just after."""
+    """Until Ray Train has written down that there is a checkpoint."""
     deadline = time.monotonic() + 200
-    while not (run / "history.json").exists():
+    while not (run / "checkpoints" / "checkpoint_manager_snapshot.json").exists():
         assert while_true(), "the training ended before it could be killed"
         assert time.monotonic() < deadline, "no checkpoint was written"
         time.sleep(0.02)
@@ -107,6 +107,7 @@ def test_a_run_leaves_its_curves_and_a_strip_of_pictures_for_each_validation(und
     assert [point["iteration"] for point in history["training"]] == [1, 10, 20]
     assert [point["iteration"] for point in history["validation"]] == [12, 24]
     (events,) = (undisturbed / "tensorboard").iterdir()
+    assert all(0 <= point["data_wait"] <= 1 for point in history["training"])
     for curve in (b"train/loss", b"train/lr", b"speed/data_wait_share", b"validation/miou"):
         assert curve in events.read_bytes()
     strips = sorted((undisturbed / "validation").iterdir())
@@ -114,6 +115,17 @@ def test_a_run_leaves_its_curves_and_a_strip_of_pictures_for_each_validation(und
     for strip in strips:
         picture = np.asarray(Image.open(strip).convert("RGB"))
         assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 100
+
+
+def test_a_run_keeps_its_last_checkpoints_and_the_model_of_its_best_validation(undisturbed: Path) -> None:
+    assert len(list((undisturbed / "checkpoints").glob("checkpoint_*/state.pt"))) == 2
+    validation = storage.read_json(str(undisturbed / "history.json"))["validation"]
+    best = max(validation, key=lambda found: (found["miou"], -found["iteration"]))["iteration"]
+    (kept,) = (undisturbed / "best").iterdir()
+    assert kept.name == f"{best:07}"
+    same = (kept / "model.safetensors").read_bytes() == weights(undisturbed)
+    assert same == (best == 24)
+    RSSNet.from_pretrained(str(kept))
 
 
 @pytest.mark.heavy
@@ -148,8 +160,12 @@ def test_after_a_killed_driver_the_same_command_goes_on_and_ends_with_the_same_w
     assert record is not None
     assert record.outcome == "running"
     assert not (run / "model").exists()
+    half = run / "checkpoints" / "checkpoint_of_a_killed_upload"
+    half.mkdir()
+    (half / "state.pt").write_bytes(b"half")
     train(config_of(scenes, run))
     assert weights(run) == weights(undisturbed)
+    assert not half.exists()
 
 
 def test_a_training_whose_gradients_are_not_finite_ends_and_says_with_which_images(scenes: str, tmp_path: Path) -> None:
