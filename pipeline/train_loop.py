@@ -86,12 +86,13 @@ class _Training:
             clip_grad_norm=config.optimizer.clip_grad_norm,
             average=average,
         )
-        self.history: dict[str, list[dict[str, Any]]] = {"training": [], "validation": [], "skipped": []}
+        self.history: dict[str, list[dict[str, Any]]] = {"starts": [], "training": [], "validation": [], "skipped": []}
         self.checkpoints = Checkpoints(config.run, writes=self.rank == 0)
         state = self.checkpoints.restore()
         if state is not None:
             self.step.load_state_dict(state["step"])
             self.history = state["history"]
+        self.history["starts"].append({"iteration": self.step.iteration, "workers": self.world_size})
         self.log: RunLog | None = None
         if self.rank == 0:
             self.log = RunLog(config.run, self.step.iteration, config.trackers, identity(config))

@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socket import SO_LINGER, SOL_SOCKET
 
 LISTING = "(listing)"  # in place of a key
+OUTAGE = ("*", "down")
 SLOW_SECONDS = 1.0
 FOREVER = 10**9
 
@@ -48,12 +49,15 @@ class FaultyS3:
     Args:
         endpoint: its URL.
         faults: by pattern of `bucket/key`, or `LISTING` for listings.
-        happened: how often each (pattern, kind of fault) has befallen a request.
+        happened: how often each (pattern, kind of fault) has befallen a request, and under `OUTAGE` how many were
+            refused while it was down.
+        down: while it is set, every request is answered with 503.
     """
 
     endpoint: str
     faults: Mapping[str, Fault]
     happened: Counter[tuple[str, str]]
+    down: threading.Event
 
     def unused(self) -> set[tuple[str, str]]:
         """Faults that have befallen nothing: what was tested without them."""
@@ -83,8 +87,15 @@ def faulty_s3(server: str, faults: Mapping[str, Fault]) -> Iterator[FaultyS3]:
                     return True
         return False
 
+    down = threading.Event()
+
     class Handler(_Handler):
         upstream = urllib.parse.urlsplit(server).netloc
+
+        def is_down(self) -> bool:
+            with lock:
+                happened[OUTAGE] += down.is_set()
+            return down.is_set()
 
         def strikes(self, kind: str) -> bool:
             return strikes(self.key, kind)
@@ -93,7 +104,7 @@ def faulty_s3(server: str, faults: Mapping[str, Fault]) -> Iterator[FaultyS3]:
         thread = threading.Thread(target=proxy.serve_forever, args=(0.05,), daemon=True)
         thread.start()
         try:
-            yield FaultyS3(f"http://127.0.0.1:{proxy.server_port}", faults, happened)
+            yield FaultyS3(f"http://127.0.0.1:{proxy.server_port}", faults, happened, down)
         finally:
             proxy.shutdown()
             thread.join()
@@ -107,6 +118,10 @@ class _Handler(BaseHTTPRequestHandler):
         """Whether a fault of this kind befalls the request, which counts it."""
         raise NotImplementedError
 
+    def is_down(self) -> bool:
+        """Whether nothing is answered now."""
+        raise NotImplementedError
+
     @property
     def key(self) -> str:
         path, _, query = self.path.partition("?")
@@ -114,11 +129,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.is_down() or self.strikes("slow_down"):
+            self._answer(503, {"Content-Type": "application/xml"}, _SLOW_DOWN)
+            return
         if self.strikes("gone"):
             self._answer(404, {"Content-Type": "application/xml"}, _NO_SUCH_KEY)
-            return
-        if self.strikes("slow_down"):
-            self._answer(503, {"Content-Type": "application/xml"}, _SLOW_DOWN)
             return
         if self.strikes("slow"):
             time.sleep(SLOW_SECONDS)

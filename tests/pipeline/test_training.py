@@ -1,15 +1,14 @@
 """Training on real Ray Train: killed and resumed it ends with the same weights, and workers share a batch exactly."""
 
+import copy
 import dataclasses
 import os
 import pickle
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,27 +16,21 @@ import ray
 import torch
 import torch.distributed
 from PIL import Image
+from timm.utils.model_ema import ModelEmaV3
 
 from pipeline import storage
 from pipeline.errors import PipelineError, mendable_cause
-from pipeline.ingest import IngestConfig, ingest
+from pipeline.parallel_model import shard, whole_model
 from pipeline.run_record import read_record
-from pipeline.street_scenes import write_street_scenes
 from pipeline.train_step import TrainStep, mean_over_workers
-from pipeline.training import AugmentationConfig, OptimizerConfig, ResourcesConfig, TrainConfig, train
-from rssnet import LossConfig, RSSNet, RSSNetConfig, RSSNetLoss
+from pipeline.training import OptimizerConfig, ResourcesConfig, train
+from rssnet import LossConfig, RSSNet, RSSNetLoss
 from rssnet.losses import alone
 from tests.pipeline.labelled_source import REPOSITORY
+from tests.pipeline.training_runs import MODEL, TRAIN_SCRIPT, await_checkpoint, config_of, weights, write_scenes
 
 pytestmark = pytest.mark.slow
 
-MODEL = RSSNetConfig(
-    backbone="vit_tiny_patch16_224",
-    backbone_options={"depth": 2, "embed_dim": 48, "num_heads": 3},
-    image_size=(64, 96),
-    decoder_width=16,
-    drop_path=0.2,
-)
 _KILL_WORKER = """
 import psutil, sys, time
 from pathlib import Path
@@ -49,35 +42,11 @@ processes = driver.children(recursive=True)
 worker.kill()
 (run / "killed").touch()
 """
-_TRAIN = """
-import pickle, sys
-from pipeline.training import train
-train(pickle.load(open(sys.argv[1], "rb")))
-"""
 
 
 @pytest.fixture(scope="module")
 def scenes(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> str:  # noqa: ARG001
-    """A dataset of 12 + 5 street scenes of 96 x 128 pixels."""
-    folder = tmp_path_factory.mktemp("scenes")
-    write_street_scenes(folder, train=12, val=5, photos=0, size=(96, 128))
-    ingest(IngestConfig(str(folder / "labelled"), str(folder / "dataset")))
-    return str(folder / "dataset")
-
-
-def config_of(scenes: str, run: Path | str, **changes: Any) -> TrainConfig:
-    config = TrainConfig(
-        dataset=scenes,
-        run=str(run),
-        model=MODEL,
-        optimizer=OptimizerConfig(lr=1e-3, warmup_iterations=2, clip_grad_norm=1.0, ema_decay=0.9),
-        augmentation=AugmentationConfig(scale=(0.7, 1.3)),
-        iterations=24,
-        batch_size=2,
-        evaluate_every=12,
-        checkpoint_every=6,
-    )
-    return dataclasses.replace(config, **changes)
+    return write_scenes(tmp_path_factory.mktemp("scenes"))
 
 
 @pytest.fixture(scope="module")
@@ -87,19 +56,6 @@ def undisturbed(scenes: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     record = train(config_of(scenes, run))
     assert record.counts == {"iterations": 24, "skipped": 0, "images": 12}
     return run
-
-
-def weights(run: Path) -> bytes:
-    return (run / "model" / "model.safetensors").read_bytes()
-
-
-def await_checkpoint(run: Path, while_true: Callable[[], bool]) -> None:
-    """Until Ray Train has written down that there is a checkpoint."""
-    deadline = time.monotonic() + 200
-    while not (run / "checkpoints" / "checkpoint_manager_snapshot.json").exists():
-        assert while_true(), "the training ended before it could be killed"
-        assert time.monotonic() < deadline, "no checkpoint was written"
-        time.sleep(0.02)
 
 
 def test_a_run_leaves_its_curves_and_a_strip_of_pictures_for_each_validation(undisturbed: Path) -> None:
@@ -144,28 +100,30 @@ def test_a_killed_worker_is_replaced_and_the_weights_are_those_of_an_undisturbed
 
 
 def test_after_a_killed_driver_the_same_command_goes_on_and_ends_with_the_same_weights(
-    scenes: str, undisturbed: Path, tmp_path: Path
+    scenes: str, undisturbed: Path, bucket: str, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
-    (tmp_path / "config.pickle").write_bytes(pickle.dumps(config_of(scenes, run)))
+    config = config_of(scenes, bucket)
+    (tmp_path / "config.pickle").write_bytes(pickle.dumps(config))
     environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    command = [sys.executable, "-c", _TRAIN, str(tmp_path / "config.pickle")]
+    command = [sys.executable, "-c", TRAIN_SCRIPT, str(tmp_path / "config.pickle")]
     driver = subprocess.Popen(command, env=environment, cwd=REPOSITORY)
     try:
-        await_checkpoint(run, lambda: driver.poll() is None)
+        await_checkpoint(bucket, lambda: driver.poll() is None)
     finally:
         driver.send_signal(signal.SIGKILL)
         driver.wait()
-    record = read_record(str(run))
+    record = read_record(bucket)
     assert record is not None
     assert record.outcome == "running"
-    assert not (run / "model").exists()
-    half = run / "checkpoints" / "checkpoint_of_a_killed_upload"
-    half.mkdir()
-    (half / "state.pt").write_bytes(b"half")
-    train(config_of(scenes, run))
-    assert weights(run) == weights(undisturbed)
-    assert not half.exists()
+    assert not storage.exists(storage.join(bucket, "model"))
+    half = storage.join(bucket, "checkpoints", "checkpoint_of_a_killed_upload")
+    storage.write_bytes(storage.join(half, "state.pt"), b"half")
+    train(config)
+    assert weights(bucket) == weights(undisturbed)
+    assert not storage.exists(half)
+    first, second = storage.read_json(storage.join(bucket, "history.json"))["starts"]
+    assert (first["iteration"], second["iteration"] % 6) == (0, 0)
+    assert second["iteration"] > 0
 
 
 def test_a_training_whose_gradients_are_not_finite_ends_and_says_with_which_images(scenes: str, tmp_path: Path) -> None:
@@ -194,39 +152,57 @@ def _batch() -> tuple[torch.Tensor, torch.Tensor]:
     return images, labels
 
 
-def _steps_on_a_share(rank: int, workers: int, meeting: str) -> dict[str, torch.Tensor]:
-    """The weights of a worker that has taken two plain steps on its share of one batch."""
+def _steps_on_a_share(rank: int, workers: int, meeting: str, parallelism: str = "ddp") -> dict[str, Any]:
+    """The state of a worker that has taken two plain steps on its share of one batch, and what it validates."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = RSSNet(dataclasses.replace(MODEL, num_classes=5, drop_path=0.0))
     parallel: torch.nn.Module = model
+    average = ModelEmaV3(model, 0.9, foreach=parallelism == "ddp")
     if workers > 1:
         torch.distributed.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=workers)
-        parallel = torch.nn.parallel.DistributedDataParallel(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if parallelism == "fsdp":
+            shard(model)
+            shard(cast(RSSNet, average.module))
+        else:
+            parallel = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     criterion = RSSNetLoss(LossConfig(separation_supervision=0.5), 5, mean_over_workers if workers > 1 else alone)
-    step = TrainStep(model, parallel, criterion, optimizer, schedule)
+    step = TrainStep(model, parallel, criterion, optimizer, schedule, clip_grad_norm=1.0, average=average)
     images, labels = _batch()
     share = slice(rank * 4 // workers, (rank + 1) * 4 // workers)
-    for _ in range(2):
+    step(images[share], labels[share])
+    state = copy.deepcopy(step.state_dict())
+    step(images[share], labels[share])
+    if workers > 1:  # taken up again from the state of the first worker, as after a crash
+        states = [state]
+        torch.distributed.broadcast_object_list(states)
+        step.load_state_dict(states[0])
         step(images[share], labels[share])
+    found = {
+        "weights": whole_model(model).state_dict(),
+        "average": whole_model(cast(RSSNet, average.module)).state_dict(),
+    }
     if workers > 1:
         torch.distributed.destroy_process_group()
-    return step.model.state_dict()
+    return found
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_two_workers_take_the_step_that_one_takes_on_the_joined_batch(tmp_path: Path) -> None:
-    worker = ray.remote(num_cpus=0.5)(_steps_on_a_share)
-    one = ray.get(worker.remote(0, 1, ""))
-    first, second = ray.get([worker.remote(rank, 2, str(tmp_path / "meeting")) for rank in (0, 1)])
+@pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
+def test_two_workers_take_the_step_that_one_takes_on_the_joined_batch(parallelism: str, tmp_path: Path) -> None:
+    worker: Any = ray.remote(num_cpus=0.5)(_steps_on_a_share)
+    one: dict[str, Any] = ray.get(worker.remote(0, 1, ""))
+    meeting = str(tmp_path / "meeting")
+    first, second = ray.get([worker.remote(rank, 2, meeting, parallelism) for rank in (0, 1)])
     torch.manual_seed(0)
     start = RSSNet(dataclasses.replace(MODEL, num_classes=5)).state_dict()
-    assert any((one[name] - start[name]).abs().max() > 1e-3 for name in start)
-    for name, expected in one.items():
-        torch.testing.assert_close(first[name], expected, rtol=1e-4, atol=1e-6)
-        assert torch.equal(first[name], second[name])
+    assert any((one["weights"][name] - start[name]).abs().max() > 1e-3 for name in start)
+    for kind, tensors in one.items():
+        for name, expected in tensors.items():
+            torch.testing.assert_close(first[kind][name], expected, rtol=1e-4, atol=1e-6)
+            assert torch.equal(first[kind][name], second[kind][name])
 
 
 @pytest.mark.heavy

@@ -1,0 +1,65 @@
+"""Trainings of a tiny model on street scenes, for the tests that disturb them."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline import storage
+from pipeline.ingest import IngestConfig, ingest
+from pipeline.street_scenes import write_street_scenes
+from pipeline.training import AugmentationConfig, OptimizerConfig, TrainConfig
+from rssnet import RSSNetConfig
+
+MODEL = RSSNetConfig(
+    backbone="vit_tiny_patch16_224",
+    backbone_options={"depth": 2, "embed_dim": 48, "num_heads": 3},
+    image_size=(64, 96),
+    decoder_width=16,
+    drop_path=0.2,
+)
+TRAIN_SCRIPT = """
+import pickle, sys
+from pipeline.training import train
+train(pickle.load(open(sys.argv[1], "rb")))
+"""
+
+
+def write_scenes(folder: Path) -> str:
+    """A dataset of 12 + 5 street scenes of 96 x 128 pixels."""
+    write_street_scenes(folder, train=12, val=5, photos=0, size=(96, 128))
+    ingest(IngestConfig(str(folder / "labelled"), str(folder / "dataset")))
+    return str(folder / "dataset")
+
+
+def config_of(scenes: str, run: Path | str, **changes: Any) -> TrainConfig:
+    config = TrainConfig(
+        dataset=scenes,
+        run=str(run),
+        model=MODEL,
+        optimizer=OptimizerConfig(lr=1e-3, warmup_iterations=2, clip_grad_norm=1.0, ema_decay=0.9),
+        augmentation=AugmentationConfig(scale=(0.7, 1.3)),
+        iterations=24,
+        batch_size=2,
+        evaluate_every=12,
+        checkpoint_every=6,
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def weights(run: Path | str) -> bytes:
+    return storage.read_bytes(storage.join(str(run), "model", "model.safetensors"))
+
+
+def has_checkpoint(run: str) -> bool:
+    """Whether Ray Train has written down that there is a checkpoint."""
+    return storage.exists(storage.join(run, "checkpoints", "checkpoint_manager_snapshot.json"))
+
+
+def await_checkpoint(run: str, while_true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 200
+    while not has_checkpoint(run):
+        assert while_true(), "the training ended before it could be disturbed"
+        assert time.monotonic() < deadline, "no checkpoint was written"
+        time.sleep(0.02)
