@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,8 @@ from .separation import BilinearUpsampling, SeparationWeights, SpatiallyAdaptive
 LOGITS_STRIDE = 4
 
 
-class Auxiliary(NamedTuple):
+@dataclass(frozen=True)
+class Auxiliary:
     """What the losses supervise beside the logits; made in training only.
 
     Attributes:
@@ -43,7 +44,8 @@ class Auxiliary(NamedTuple):
     separation: SeparationWeights | None = None
 
 
-class RSSNetOutput(NamedTuple):
+@dataclass(frozen=True)
+class RSSNetOutput:
     """What a model returns.
 
     Attributes:
@@ -53,6 +55,11 @@ class RSSNetOutput(NamedTuple):
 
     logits: Tensor
     auxiliary: Auxiliary | None = None
+
+
+# So that exported programs return them, and can be saved.
+torch.export.register_dataclass(Auxiliary, serialized_type_name="rssnet.Auxiliary")
+torch.export.register_dataclass(RSSNetOutput, serialized_type_name="rssnet.RSSNetOutput")
 
 
 class DeepMap(nn.Module):

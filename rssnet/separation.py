@@ -10,7 +10,7 @@ Shapes: B images, d channels in g groups, (h, w) tokens, r fine locations per to
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,8 @@ BILINEAR_FLOOR = 1e-3
 PREDICTION_SCALE = 0.1
 
 
-class SeparationWeights(NamedTuple):
+@dataclass(frozen=True)
+class SeparationWeights:
     """How fine locations were composed of the tokens around them.
 
     Attributes:
@@ -48,6 +49,10 @@ class SeparationWeights(NamedTuple):
         ratio = self.bilinear.shape[0]
         bilinear = self.bilinear.repeat(height // ratio, width // ratio, 1)[:, :, None]
         return torch.addcmul(bilinear, self.gate, self.attraction - self.repulsion)
+
+
+# So that exported programs return it, and can be saved.
+torch.export.register_dataclass(SeparationWeights, serialized_type_name="rssnet.SeparationWeights")
 
 
 def bilinear_weights(ratio: int, kernel_size: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Every loss against its definition in float64, and where it must be zero, finite or refused."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -330,7 +331,7 @@ def test_very_large_outputs_stay_finite(output, scale):
     attention, presence, regions = (
         tuple(enlarge(part) for part in parts) for parts in (auxiliary.attention, auxiliary.presence, auxiliary.regions)
     )
-    large = auxiliary._replace(deep_logits=deep_logits, attention=attention, presence=presence, regions=regions)
+    large = replace(auxiliary, deep_logits=deep_logits, attention=attention, presence=presence, regions=regions)
     losses = RSSNetLoss(LossConfig(), K)(RSSNetOutput(logits, large), labels_of(height=64, width=64))
     assert all(loss.isfinite() for loss in losses.values())
     enlarged = (logits, deep_logits, *attention, *presence, *regions)

@@ -204,6 +204,18 @@ def test_separation_compiled_to_native_code_gives_the_same_gradients():
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_an_exported_program_comes_back_from_a_file(images, training, tmp_path):
+    torch.manual_seed(0)
+    model = RSSNet(CONFIG).train(training)
+    torch.export.save(torch.export.export(model, (images,)), tmp_path / "model.pt2")
+    found, expected = torch.export.load(tmp_path / "model.pt2").module()(images), model(images)
+    torch.testing.assert_close(found.logits, expected.logits)
+    if training:
+        torch.testing.assert_close(found.auxiliary.deep_logits, expected.auxiliary.deep_logits)
+        torch.testing.assert_close(found.auxiliary.separation.composition, expected.auxiliary.separation.composition)
+
+
 @pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, head="upernet"), SWIN], ids=["vit", "upernet", "swin"])
 def test_onnx_runtime_gives_the_same_logits_for_any_batch(config, images, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
