@@ -11,32 +11,15 @@ from rssnet import (
     LocalPathwayConfig,
     LossConfig,
     RSSNet,
-    RSSNetConfig,
     RSSNetLoss,
     SeparationConfig,
 )
 from rssnet.backbone import inspect_backbone
 from rssnet.decoder import DeepMap, PixelEmbedding, default_width, fine_stride
 from rssnet.separation import BilinearUpsampling, SpatiallyAdaptiveSeparation
+from tests.rssnet.tiny_model import CONFIG, build
 
-CONFIG = RSSNetConfig(
-    backbone="vit_tiny_patch16_224",
-    backbone_options={"depth": 2, "embed_dim": 48, "num_heads": 3},
-    num_classes=5,
-    image_size=(64, 96),
-    decoder_width=32,
-)
 PYRAMID = replace(CONFIG, backbone="convnext_atto", backbone_options={"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)})
-
-
-def build(config=CONFIG, **changes):
-    torch.manual_seed(0)
-    return RSSNet(replace(config, **changes))
-
-
-@pytest.fixture
-def images():
-    return torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
 
 
 def test_logits_are_regions_times_pixels_with_bias_and_presence(images):

@@ -12,31 +12,14 @@ from rssnet import Classes, LossConfig, RSSNet, RSSNetConfig, RSSNetLoss
 from rssnet.local_pathway import DiscrepancyBlock
 from rssnet.separation import SpatiallyAdaptiveSeparation
 from tests.benchmarks.model import peak_memory_ratio
+from tests.rssnet.tiny_model import CONFIG, build
 
-CONFIG = RSSNetConfig(
-    backbone="vit_tiny_patch16_224",
-    backbone_options={"depth": 2, "embed_dim": 48, "num_heads": 3},
-    num_classes=5,
-    image_size=(64, 96),
-    decoder_width=32,
-)
 SWIN = replace(
     CONFIG,
     backbone="swin_tiny_patch4_window7_224",
     backbone_options={"depths": [1, 1, 2, 1], "embed_dim": 24, "num_heads": [1, 2, 3, 4]},
     head="linear",
 )
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    return RSSNet(CONFIG).eval()
-
-
-@pytest.fixture
-def images():
-    return torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
 
 
 def test_backbone_and_decoder_partition_the_parameters(model):
@@ -158,8 +141,7 @@ def test_distributed_training_finds_no_unused_parameter(backbone, tmp_path):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_whole_model_and_loss_compile_without_a_graph_break(images, training):
-    torch.manual_seed(0)
-    model, criterion = RSSNet(CONFIG).train(training), RSSNetLoss(LossConfig(separation_supervision=0.1), 5)
+    model, criterion = build().train(training), RSSNetLoss(LossConfig(separation_supervision=0.1), 5)
     labels = torch.randint(0, 5, (2, 64, 96))
 
     def loss(images, labels):
@@ -171,8 +153,7 @@ def test_the_whole_model_and_loss_compile_without_a_graph_break(images, training
 
 
 def test_the_compiled_decoder_gives_the_same_logits_and_gradients(images):
-    torch.manual_seed(0)
-    model = RSSNet(CONFIG).train()
+    model = build().train()
     features = [feature.detach() for feature in model.backbone(images)]
     results = []
     for decoder in (model.decoder, torch.compile(model.decoder, backend="aot_eager", fullgraph=True)):
@@ -206,8 +187,7 @@ def test_separation_compiled_to_native_code_gives_the_same_gradients():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_an_exported_program_comes_back_from_a_file(images, training, tmp_path):
-    torch.manual_seed(0)
-    model = RSSNet(CONFIG).train(training)
+    model = build().train(training)
     torch.export.save(torch.export.export(model, (images,)), tmp_path / "model.pt2")
     found, expected = torch.export.load(tmp_path / "model.pt2").module()(images), model(images)
     torch.testing.assert_close(found.logits, expected.logits)
@@ -220,8 +200,7 @@ def test_an_exported_program_comes_back_from_a_file(images, training, tmp_path):
 def test_onnx_runtime_gives_the_same_logits_for_any_batch(config, images, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    torch.manual_seed(0)
-    model = RSSNet(config).eval()
+    model = build(config).eval()
 
     class Logits(torch.nn.Module):
         def __init__(self):

@@ -10,25 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rssnet import Classes, RSSNet, RSSNetConfig
-
-CONFIG = RSSNetConfig(
-    backbone="vit_tiny_patch16_224",
-    backbone_options={"depth": 2, "embed_dim": 48, "num_heads": 3},
-    num_classes=5,
-    image_size=(64, 96),
-    decoder_width=32,
-)
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    return RSSNet(CONFIG).eval()
-
-
-@pytest.fixture
-def images():
-    return torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+from tests.rssnet.tiny_model import CONFIG
 
 
 def test_a_folder_holds_config_weights_classes_and_a_card(model, tmp_path):
