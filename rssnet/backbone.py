@@ -102,7 +102,7 @@ def inspect_backbone(name: str, options: Mapping[str, Any] | None = None) -> Bac
         options: Arguments for `timm.create_model`.
 
     Raises:
-        ValueError: timm has no such model, or it gives no intermediate features.
+        ValueError: timm has no such model or weights, or it gives no intermediate features.
     """
     with torch.device("meta"):
         body = _create(name, {**(options or {})})
@@ -330,6 +330,10 @@ def _create(name: str, arguments: dict[str, Any]) -> Any:
     try:
         return timm.create_model(name, pretrained=False, num_classes=0, **arguments)
     except RuntimeError as error:
+        if "Invalid pretrained tag" in str(error):
+            architecture, _, tag = name.partition(".")
+            known = ", ".join(timm.list_pretrained(f"{architecture}.*")) or architecture
+            raise ValueError(f"timm has no weights {tag!r} of {architecture}; choose one of {known}.") from error
         if "Unknown model" not in str(error):
             raise
         alike = difflib.get_close_matches(name, timm.list_models(), n=5)

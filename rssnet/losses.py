@@ -73,15 +73,20 @@ class RSSNetLoss(nn.Module):
             "region_classification", "region_separation" and "separation_supervision". With no valid pixel all are zero.
 
         Raises:
-            ValueError: labels that have not the images' proportions, or are no integers; on a CPU also labels that are
-                neither a class nor ignored. On other devices reading them would stall the queue: there the loss comes
-                out as NaN, and `check_batch` says why.
+            ValueError: logits of another number of classes; labels that have not the images' proportions, or are no
+                integers; on a CPU also labels that are neither a class nor ignored. On other devices reading them would
+                stall the queue: there the loss comes out as NaN, and `check_batch` says why.
         """
         config = self.config
+        if output.logits.shape[1] != self.num_classes:
+            raise ValueError(
+                f"The loss was made for {self.num_classes} classes and the logits are of {output.logits.shape[1]}: "
+                "make RSSNetLoss with the model's num_classes."
+            )
         if labels.ndim != 3 or len(labels) != len(output.logits) or labels.is_floating_point():
             raise ValueError(
                 f"Labels must be integers of shape ({len(output.logits)}, height, width), not {labels.dtype} of shape "
-                f"{tuple(labels.shape)}."
+                f"{tuple(labels.shape)}: give one class id per pixel."
             )
         (height, width), (rows, columns) = labels.shape[-2:], output.logits.shape[-2:]
         # Logits have a quarter of the image's sides, rounded; labels of a transposed image would otherwise train, too.

@@ -86,12 +86,19 @@ class RSSNet(nn.Module):
             Logits (B, K, H / 4, W / 4) and, in training, what the losses supervise beside them.
 
         Raises:
-            ValueError: images of a shape that the model cannot take or, in eager mode on a CPU, with NaN or infinity.
-                Elsewhere that check would stall the device: there a loss that is not finite is the sign, and
+            ValueError: images of a shape or type that the model cannot take or, in eager mode on a CPU, with NaN or
+                infinity. Elsewhere that check would stall the device: there a loss that is not finite is the sign, and
                 `rssnet.losses.check_batch` then says what is wrong.
         """
         if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"Images must be (B, 3, H, W), not {tuple(images.shape)}.")
+            raise ValueError(
+                f"Images must be (B, 3, H, W), not {tuple(images.shape)}: make them RGB, and one image a batch of one."
+            )
+        if not images.is_floating_point():
+            raise ValueError(
+                f"Images must be floating-point numbers, not {images.dtype}: scale them to 0 to 1 and normalise them "
+                "with pixel_mean and pixel_std, as rssnet.Predictor does."
+            )
         if images.device.type == "cpu" and not torch.compiler.is_compiling() and not images.isfinite().all():
             raise ValueError("An image has NaN or infinite values; check how it was decoded and normalised.")
         return self.decoder(images, self.backbone(images))

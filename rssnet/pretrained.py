@@ -120,7 +120,8 @@ def _located(source: bool | str) -> Iterator[dict[str, Any]]:
     files, path = url_to_fs(source)
     if not path.endswith(_ENDINGS):
         raise ValueError(
-            f"Pre-trained weights are read from files that end in {', '.join(_ENDINGS)}; {source!r} does not."
+            f"Pre-trained weights are read from files that end in {', '.join(_ENDINGS)}; {source!r} does not. Give "
+            f"such a file or URL, {_HUB_PREFIX}owner/name, or true for timm's own; the backbone's name says which."
         )
     if not files.isfile(path):
         raise ValueError(

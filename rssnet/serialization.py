@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 import safetensors.torch
@@ -23,6 +23,8 @@ from torch import Tensor
 from .classes import Classes
 from .config import RSSNetConfig
 from .model_card import model_card
+
+ParsedT = TypeVar("ParsedT")
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, CLASSES, CARD = "config.json", "model.safetensors", "classes.json", "README.md"
@@ -92,27 +94,39 @@ def read_model(source: str) -> Saved:
         ValueError: no such model, or files that cannot be read as one.
     """
     files, root = _locate(source)
-    try:
-        header = json.loads(_read(files, f"{root}/{CONFIG}"))
-        classes = Classes.from_json(_read(files, f"{root}/{CLASSES}").decode())
-        weights = safetensors.torch.load(_read(files, f"{root}/{WEIGHTS}"))
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"There is no model at {source!r}: it needs {CONFIG}, {WEIGHTS} and {CLASSES}, as save_pretrained writes, "
-            f"and {error} is missing."
-        ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
-        raise ValueError(f"A file of the model at {source!r} is damaged: {error}. Save or copy it again.") from error
+
+    def read(name: str, parse: Callable[[bytes], ParsedT]) -> ParsedT:
+        try:
+            content = files.cat_file(f"{root}/{name}")
+            assert isinstance(content, bytes)
+            return parse(content)
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"There is no model at {source!r}: it needs {CONFIG}, {WEIGHTS} and {CLASSES}, as save_pretrained "
+                f"writes, and {name} is missing."
+            ) from error
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ValueError(
+                f"The {name} at {source!r} cannot be read: {str(error).rstrip('.')}. Save or copy it again."
+            ) from error
+
+    header = read(CONFIG, json.loads)
+    classes = read(CLASSES, lambda content: Classes.from_json(content.decode()))
+    weights = read(WEIGHTS, safetensors.torch.load)
     if (
         not isinstance(header, dict)
         or header.pop("format", None) != "rssnet"
         or header.pop("version", None) != FORMAT_VERSION
     ):
         raise ValueError(
-            f"{source!r} holds no model of format rssnet, version {FORMAT_VERSION}; save it with this version."
+            f"The {CONFIG} at {source!r} is of no model of format rssnet, version {FORMAT_VERSION}; save the model "
+            "with this version."
         )
     mean, std = (_pixel_values(source, name, header.pop(name, None)) for name in ("pixel_mean", "pixel_std"))
-    config = RSSNetConfig.from_dict(header)
+    try:
+        config = RSSNetConfig.from_dict(header)
+    except ValueError as error:
+        raise ValueError(f"The {CONFIG} at {source!r} is of no model that can be built: {error}") from error
     return Saved(config=config, classes=classes, weights=weights, pixel_mean=mean, pixel_std=std)
 
 
@@ -131,13 +145,6 @@ def _pixel_values(source: str, name: str, values: Any) -> tuple[float, ...] | No
             "or save the model again."
         )
     return tuple(float(value) for value in values)
-
-
-def _read(files: AbstractFileSystem, path: str) -> bytes:
-    with files.open(path, "rb") as stream:
-        content = stream.read()
-    assert isinstance(content, bytes)
-    return content
 
 
 def _locate(source: str) -> tuple[AbstractFileSystem, str]:

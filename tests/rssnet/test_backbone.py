@@ -192,6 +192,21 @@ def test_an_unknown_backbone_is_answered_with_names_like_it():
         inspect_backbone("vit_tiny_patch16_223")
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "vit_tiny_patch16_224.mae",
+            "no weights 'mae' of vit_tiny_patch16_224; choose one of .*224.augreg_in21k, vit",
+        ),
+        ("vit_base_patch16_18x2_224.mae", "no weights 'mae' of .*; choose one of vit_base_patch16_18x2_224.$"),
+    ],
+)
+def test_an_unknown_tag_of_weights_is_answered_with_those_that_there_are(name, message):
+    with pytest.raises(ValueError, match=message):
+        inspect_backbone(name)
+
+
 def test_a_backbone_without_intermediate_features_is_answered_with_families_that_have_them():
     @register_model
     def rssnet_test_featureless(pretrained=False, **kwargs):  # noqa: ARG001

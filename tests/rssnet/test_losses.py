@@ -284,8 +284,19 @@ def test_labels_may_be_of_any_integers(output):
     "labels", [torch.zeros(2, 64, 64), torch.zeros(2, 1, 64, 64).long(), torch.zeros(3, 64, 64).long()]
 )
 def test_labels_of_another_type_or_shape_are_refused(output, labels):
-    with pytest.raises(ValueError, match=r"Labels must be integers of shape \(2, height, width\), not torch"):
+    with pytest.raises(
+        ValueError, match=r"Labels must be integers of shape \(2, height, width\), not torch.*: give one class id"
+    ):
         RSSNetLoss(LossConfig(), K)(output, labels)
+
+
+@pytest.mark.parametrize("num_classes", [K - 1, K + 1])
+def test_logits_of_another_number_of_classes_are_refused(output, num_classes):
+    criterion = RSSNetLoss(LossConfig(), num_classes)
+    with pytest.raises(
+        ValueError, match=f"was made for {num_classes} classes and the logits are of {K}: make RSSNetLoss"
+    ):
+        criterion(RSSNetOutput(output.logits), torch.zeros(2, 64, 64, dtype=torch.long))
 
 
 @pytest.mark.parametrize("size", [(32, 64), (64, 128), (7, 301)])

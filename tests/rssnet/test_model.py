@@ -49,8 +49,16 @@ def test_an_image_that_is_not_finite_is_refused(model, images, value):
 
 @pytest.mark.parametrize("shape", [(3, 64, 96), (2, 4, 64, 96)])
 def test_images_of_another_layout_are_refused(model, shape):
-    with pytest.raises(ValueError, match=r"Images must be \(B, 3, H, W\), not"):
+    with pytest.raises(
+        ValueError, match=r"Images must be \(B, 3, H, W\), not .*: make them RGB, and one image a batch"
+    ):
         model(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+def test_images_that_are_not_normalised_are_refused(model, dtype):
+    with pytest.raises(ValueError, match=rf"must be floating-point numbers, not {dtype}: scale them to 0 to 1"):
+        model(torch.ones(2, 3, 64, 96, dtype=dtype))
 
 
 # Size and cost, counted on the meta device as rssnet.md's section 8 asks.

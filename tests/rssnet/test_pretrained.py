@@ -276,7 +276,7 @@ def test_a_file_that_is_not_there_is_refused(tmp_path):
 
 def test_a_file_of_another_format_is_refused(tmp_path):
     np.savez(tmp_path / "weights.npz", weights=np.zeros(3))
-    with pytest.raises(ValueError, match=r"end in \.safetensors, .*weights\.npz' does not"):
+    with pytest.raises(ValueError, match=r"end in \.safetensors, .*weights\.npz' does not. Give such a file"):
         load(tmp_path / "weights.npz")
 
 

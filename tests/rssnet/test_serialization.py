@@ -74,9 +74,12 @@ def test_it_can_be_loaded_for_another_image_size(model, tmp_path):
         ),
         ({"head": "linear"}, r"linear on vit_tiny_patch16_224.*is missing"),
         ({"backbone_options": {"depth": 3, "embed_dim": 48, "num_heads": 3}}, r"backbone.body.blocks.2.* is missing"),
-        ({"colour": "red"}, r"RSSNetConfig has no field colour"),
-        ({"format": "other"}, r"holds no model of format rssnet"),
-        ({"version": 99}, r"holds no model of format rssnet, version 1"),
+        (
+            {"colour": "red"},
+            r"The config.json at .* is of no model that can be built: RSSNetConfig has no field colour",
+        ),
+        ({"format": "other"}, r"The config.json at .* is of no model of format rssnet"),
+        ({"version": 99}, r"is of no model of format rssnet, version 1"),
         ({"freeze_backbone": "false"}, r"freeze_backbone must be true or false, not 'false'"),
     ],
 )
@@ -93,7 +96,7 @@ def test_weights_that_do_not_fit_their_config_are_refused(model, tmp_path, chang
 def test_a_header_that_is_no_group_of_fields_is_refused(model, tmp_path):
     model.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(ValueError, match="holds no model of format rssnet"):
+    with pytest.raises(ValueError, match="is of no model of format rssnet"):
         RSSNet.from_pretrained(tmp_path)
 
 
@@ -118,15 +121,24 @@ def test_left_over_weights_are_refused(model, tmp_path):
 def test_a_missing_file_is_named(model, tmp_path, name):
     model.save_pretrained(tmp_path)
     (tmp_path / name).unlink()
-    with pytest.raises(ValueError, match=rf"There is no model at .*{name}.* is missing"):
+    with pytest.raises(ValueError, match=rf"There is no model at .* and {name} is missing"):
         RSSNet.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("content", [b"\xff\x00 damaged", b"{", b""])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "classes.json"])
-def test_a_damaged_file_is_refused(model, tmp_path, name):
+def test_a_damaged_file_is_named(model, tmp_path, name, content):
     model.save_pretrained(tmp_path)
-    (tmp_path / name).write_bytes(b"\xff\x00 damaged")
-    with pytest.raises(ValueError, match=r"damaged|Classes must be JSON"):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"The {name} at .* cannot be read: .*[^.]\. Save or copy it again"):
+        RSSNet.from_pretrained(tmp_path)
+
+
+def test_a_folder_in_place_of_a_file_is_named(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    (tmp_path / "classes.json").unlink()
+    (tmp_path / "classes.json").mkdir()
+    with pytest.raises(ValueError, match=r"The classes.json at .* cannot be read: .*directory"):
         RSSNet.from_pretrained(tmp_path)
 
 
