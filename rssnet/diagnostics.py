@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -215,6 +215,27 @@ def diagnose(
     if not layers:
         raise ValueError("there are no batches to diagnose the model on; give at least one of images and labels.")
     return [layer.diagnostics() for layer in layers.values()]
+
+
+def format_diagnostics(table: Sequence[LayerDiagnostics]) -> str:
+    """A table that `diagnose` made as text of aligned columns, for a terminal.
+
+    Args:
+        table: The rows, from the top.
+
+    Returns:
+        A line of headings, the names of the measures, and a line per row; what is nan is "-".
+    """
+    lines = [[field.name for field in fields(LayerDiagnostics)]]
+    for row in table:
+        layer, stride, *measures = astuple(row)
+        numbers = [f"{stride:g}", *(f"{measure:.3f}" for measure in measures)]
+        lines.append([layer, *("-" if number == "nan" else number for number in numbers)])
+    first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
+    return "\n".join(
+        "  ".join([name.ljust(first), *(number.rjust(width) for number, width in zip(numbers, others, strict=True))])
+        for name, *numbers in lines
+    )
 
 
 def draw_diagnostics(tables: Mapping[str, Sequence[LayerDiagnostics]]) -> Figure:

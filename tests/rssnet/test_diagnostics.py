@@ -11,9 +11,11 @@ from torch.nn import functional as F
 from rssnet import CrossAttentionConfig, LocalPathwayConfig, RSSNet, RSSNetConfig
 from rssnet.diagnostics import (
     ClassScatter,
+    LayerDiagnostics,
     class_counts,
     diagnose,
     draw_diagnostics,
+    format_diagnostics,
     high_frequency_share,
     region_cosine,
     token_cosine,
@@ -221,6 +223,19 @@ def test_the_model_is_left_as_it_was():
     diagnose(model, batches(1))
     assert all(module.training and not module._forward_hooks for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_table_is_text_in_columns():
+    nan = math.nan
+    table = [
+        LayerDiagnostics("backbone 0", 16.0, 0.28412, 0.4, 0.12, -0.05),
+        LayerDiagnostics("queries Q, before DCA", nan, nan, nan, nan, -1 / 3),
+    ]
+    assert format_diagnostics(table).splitlines() == [
+        "layer                  stride  token_cosine  high_frequency_share  class_scatter  region_cosine",
+        "backbone 0                 16         0.284                 0.400          0.120         -0.050",
+        "queries Q, before DCA       -             -                     -              -         -0.333",
+    ]
 
 
 def test_tables_are_drawn_one_line_per_model(tmp_path):
