@@ -14,6 +14,9 @@ from torch.autograd.function import once_differentiable
 
 from .borders import replicate_border
 
+# Parts that backward goes through a map in: more of them take less memory and more calls.
+_BANDS = 4
+
 
 def window_shifts(tokens: Tensor, kernel_size: int) -> Iterator[Tensor]:
     """The map shifted to each of the k*k places of a window, row by row, as views of one padded copy.
@@ -76,20 +79,26 @@ class _Compose(torch.autograd.Function):
         ratio = composition.shape[1] // height
         margin = kernel_size // 2
         token_gradient = tokens.new_zeros(batch, height + 2 * margin, width + 2 * margin, channels)
-        weights = composition.reshape(batch, height, ratio, width, ratio, groups, window)
-        weights_gradient = torch.empty_like(weights)
+        fine = (batch, height, ratio, width, ratio, groups, window)
+        weights, weights_gradient = composition.reshape(fine), composition.new_empty(fine)
+        gradient = gradient.permute(0, 2, 3, 1).reshape(*fine[:-1], channels // groups)
         shifts = list(window_shifts(tokens, kernel_size))
-        for line in range(ratio):
-            # One line of the fine locations inside each token at a time, so that no copy of the whole map is made.
-            rows = gradient[:, :, line::ratio].unflatten(3, (width, ratio)).unflatten(1, (groups, -1))
-            rows = rows.permute(0, 3, 4, 1, 5, 2).contiguous()  # (B, h, w, g, r, d / g)
-            spread = weights[:, :, line].transpose(3, 4)  # (B, h, w, g, r, k*k)
+        start = 0
+        # A band of rows at a time, so that no copy of a whole map is made.
+        for rows, spread in zip(gradient.tensor_split(_BANDS, 1), weights.tensor_split(_BANDS, 1), strict=True):
+            band = slice(start, start + rows.shape[1])
+            inside = (batch, rows.shape[1], width, groups, ratio**2)  # the fine locations inside each token
+            rows = rows.permute(0, 1, 3, 5, 2, 4, 6).reshape(*inside, channels // groups)
+            spread = spread.permute(0, 1, 3, 5, 6, 2, 4).reshape(*inside[:-1], window, 1, ratio**2)
             for place, shifted in enumerate(shifts):
-                token = shifted.reshape(batch, height, width, groups, channels // groups, 1)
-                weights_gradient[:, :, line, ..., place] = (rows @ token).squeeze(-1).transpose(3, 4)
+                token = shifted[:, band].reshape(*inside[:-1], channels // groups, 1)
+                weights_gradient[:, band, ..., place] = (
+                    (rows @ token).reshape(*inside[:-1], ratio, ratio).permute(0, 1, 4, 2, 5, 3)
+                )
                 row, column = divmod(place, kernel_size)
-                back = spread[..., None, :, place] @ rows  # (B, h, w, g, 1, d / g)
-                token_gradient[:, row : row + height, column : column + width] += back.flatten(3)
+                back = spread[..., place, :, :] @ rows  # (B, h', w, g, 1, d / g)
+                token_gradient[:, row + start : row + band.stop, column : column + width] += back.flatten(3)
+            start = band.stop
         return (
             _fold_borders(token_gradient, margin).permute(0, 3, 1, 2),
             weights_gradient.reshape(composition.shape),

@@ -48,7 +48,8 @@ class SeparationWeights:
         height, width = self.gate.shape[1:3]
         ratio = self.bilinear.shape[0]
         bilinear = self.bilinear.repeat(height // ratio, width // ratio, 1)[:, :, None]
-        return torch.addcmul(bilinear, self.gate, self.attraction - self.repulsion)
+        # Without the difference of the two, which would be kept for backward.
+        return torch.addcmul(bilinear, self.gate, self.attraction).addcmul(self.gate, self.repulsion, value=-1)
 
 
 # So that exported programs return it, and can be saved.
