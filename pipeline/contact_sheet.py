@@ -1,6 +1,5 @@
 """A contact sheet: photographs beside their labels or predictions in the classes' colours, with a legend."""
 
-import io
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 
 from pipeline.dataset import IGNORE_LABEL
+from pipeline.figure_png import figure_png
 from pipeline.images import decode_label, decode_photograph
 from rssnet.classes import Classes
 from rssnet.inference import Predictor
@@ -45,7 +44,6 @@ def contact_sheet(rows: Sequence[Sequence[Panel]], classes: Classes | None) -> b
     """
     width = len(rows[0])
     figure = Figure(figsize=(4.5 * width, 2.6 * len(rows) + 1.2), layout="constrained")
-    FigureCanvasAgg(figure)
     colours = np.full((256, 3), 255, np.uint8)
     if classes:
         colours[: len(classes)] = classes.palette
@@ -70,9 +68,7 @@ def contact_sheet(rows: Sequence[Sequence[Panel]], classes: Classes | None) -> b
     if handles:
         title = "white: ignored"
         figure.legend(handles=handles, loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize=7, title=title)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    return buffer.getvalue()
+    return figure_png(figure)
 
 
 def prediction_panels(row: Mapping[str, Any], predictor: Predictor, title: str) -> tuple[Panel, Panel, Panel]:

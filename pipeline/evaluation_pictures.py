@@ -1,16 +1,15 @@
 """Pictures of scores: the confusion matrix, and mIoU under corruption."""
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from pipeline.figure_png import figure_png
 
 NAMED_CLASSES = 60  # with more, their names would overlap
 WRITTEN_CLASSES = 24  # up to so many, shares are written into the cells
-DOTS_PER_INCH = 100
 
 
 def confusion_picture(counts: np.ndarray, names: Sequence[str]) -> bytes:
@@ -22,7 +21,8 @@ def confusion_picture(counts: np.ndarray, names: Sequence[str]) -> bytes:
     """
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = min(14.0, 3.0 + 0.4 * len(names))
-    figure, axes = _canvas(side + 0.8, side)
+    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    axes = figure.subplots()
     image = axes.imshow(shares, cmap="viridis", vmin=0, vmax=1)
     figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true class's pixels")
     if len(names) <= NAMED_CLASSES:
@@ -36,7 +36,7 @@ def confusion_picture(counts: np.ndarray, names: Sequence[str]) -> bytes:
                 axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=colour, fontsize=7)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
-    return _png(figure)
+    return figure_png(figure)
 
 
 def corruption_picture(scores: Mapping[str, Any], clean: float) -> bytes:
@@ -47,7 +47,8 @@ def corruption_picture(scores: Mapping[str, Any], clean: float) -> bytes:
         clean: mIoU without corruption.
     """
     kinds = sorted(scores["kinds"], key=lambda row: -row["mean"])
-    figure, axes = _canvas(7.5, 1.6 + 0.34 * len(kinds))
+    figure = Figure(figsize=(7.5, 1.6 + 0.34 * len(kinds)), layout="constrained")
+    axes = figure.subplots()
     places = np.arange(len(kinds))
     severities = len(kinds[0]["miou"])
     for index in range(severities):
@@ -65,16 +66,4 @@ def corruption_picture(scores: Mapping[str, Any], clean: float) -> bytes:
     kept = "" if retention is None else f", {100 * retention:.0f} % of the clean score"
     axes.set_title(f"mean mIoU under corruption {scores['mean_miou']:.3f}{kept}", fontsize=9)
     figure.legend(loc="outside lower center", ncols=4, fontsize=7)
-    return _png(figure)
-
-
-def _canvas(width: float, height: float) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots()
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH)
-    return buffer.getvalue()
+    return figure_png(figure)
