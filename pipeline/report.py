@@ -4,37 +4,26 @@ Pictures, curves and style are inside the file, so that it can be mailed, or kep
 whoever calls reads them from the run records.
 """
 
-import base64
 import datetime
-import io
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
-import numpy as np
 from markupsafe import Markup
-from PIL import Image
 
 from pipeline import charts, storage
 from pipeline.errors import PipelineError
-from pipeline.images import encode_png
-from pipeline.masks import FOLDER, PALETTE_CLASSES, overlay
+from pipeline.masks import FOLDER
 from pipeline.redaction import redacted
+from pipeline.report_pictures import Overlay, css_colour, legend, page_pictures
 from rssnet.classes import Classes
 
 FILE_NAME = "report.html"
 TEMPLATE_FOLDER = Path(__file__).parent / "templates"
-
-MAX_OVERLAYS = 12
-PICTURE_HEIGHT_SHOWN = 340  # pixels of the page, so that one upright photograph does not fill the screen
-PICTURE_BYTES = 2_600_000  # of all pictures together; base64 makes a third more of them
-# Longest side in pixels (a picture is shown about 360 wide, on screens of up to twice the density) and JPEG quality.
-# The first pair that keeps to PICTURE_BYTES is taken.
-PICTURE_STEPS = ((600, 84), (600, 60), (400, 60), (280, 50))
 
 
 @dataclass(frozen=True)
@@ -114,21 +103,6 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Overlay:
-    """A photograph and its prediction.
-
-    Args:
-        uri: where the photograph lies.
-        image: (H, W, 3) uint8 RGB.
-        class_map: (H, W) class ids, integers.
-    """
-
-    uri: str
-    image: np.ndarray
-    class_map: np.ndarray
-
-
-@dataclass(frozen=True)
 class Report:
     """Everything that the report can show. What a run did not have is left out, and the report says so.
 
@@ -142,7 +116,7 @@ class Report:
         scores: on the validation split.
         curve, validation: of the training, by iteration.
         trials: of the sweep.
-        overlays: at most `MAX_OVERLAYS` are shown.
+        overlays: the first `report_pictures.MAX_OVERLAYS` are shown.
         masks: URL of the predictions; the Parquet files lie in its folder `masks`.
         mirror: folder that now has the buckets, where the S3 server was one of the run's own (`LocalS3`).
         versions: by package.
@@ -193,8 +167,8 @@ def render(report: Report) -> str:
         class_scores=_class_scores(report),
         loss_chart=_loss_chart(report.curve),
         miou_chart=_miou_chart(report.validation),
-        pictures=_pictures(report.overlays, report.classes),
-        legend=_legend(report),
+        pictures=page_pictures(report.overlays, report.classes),
+        legend=legend(report.overlays, report.classes),
         sweep=_sweep(report.trials),
         sql=_sql(report),
     )
@@ -206,15 +180,6 @@ class _ClassScore:
     colour: str
     iou: float | None
     share: float | None
-
-
-@dataclass(frozen=True)
-class _Pictures:
-    uri: str
-    photograph: str
-    mask: str
-    overlay: str
-    width: int  # pixels of the page that the three may take together
 
 
 @dataclass(frozen=True)
@@ -241,7 +206,7 @@ def _class_scores(report: Report) -> list[_ClassScore]:
     rows = [
         _ClassScore(
             name=report.classes.names[index],
-            colour=_css(report.classes.palette[index]),
+            colour=css_colour(report.classes.palette[index]),
             iou=iou if _known(iou) else None,
             share=scores.class_pixels[index] / pixels if pixels else None,
         )
@@ -285,80 +250,6 @@ def _sweep(trials: Sequence[Trial]) -> _Sweep | None:
     )
 
 
-def _pictures(overlays: Sequence[Overlay], classes: Classes) -> list[_Pictures]:
-    """The pictures of each overlay as data URLs, compressed until all together keep to `PICTURE_BYTES`."""
-    shown = overlays[:MAX_OVERLAYS]
-    for item in shown:
-        _require_fit(item, classes)
-    encoded: list[tuple[bytes, bytes, bytes]] = []
-    for side, quality in PICTURE_STEPS:
-        encoded = [_encoded(item, classes, side, quality) for item in shown]
-        if sum(len(picture) for triple in encoded for picture in triple) <= PICTURE_BYTES:
-            break
-    return [
-        _Pictures(
-            uri=item.uri,
-            photograph=_data_url("jpeg", photograph),
-            mask=_data_url("png", mask),
-            overlay=_data_url("jpeg", blend),
-            width=round(3 * PICTURE_HEIGHT_SHOWN * item.image.shape[1] / item.image.shape[0]),
-        )
-        for item, (photograph, mask, blend) in zip(shown, encoded, strict=True)
-    ]
-
-
-def _require_fit(item: Overlay, classes: Classes) -> None:
-    if item.image.dtype != np.uint8 or item.image.shape != (*item.class_map.shape, 3):
-        raise PipelineError(
-            f"The overlay of {redacted(item.uri)} has an image of {item.image.shape} {item.image.dtype} and a "
-            f"class map of {item.class_map.shape}: give (H, W, 3) uint8 and (H, W) of one size."
-        )
-    if item.class_map.min() < 0 or item.class_map.max() >= len(classes):
-        raise PipelineError(
-            f"The class map of {redacted(item.uri)} has ids from {item.class_map.min()} to "
-            f"{item.class_map.max()}, but the report has {len(classes)} classes: give the classes of its model."
-        )
-
-
-def _encoded(item: Overlay, classes: Classes, side: int, quality: int) -> tuple[bytes, bytes, bytes]:
-    """Photograph, mask and overlay, no side longer than `side` pixels."""
-    height, width = item.class_map.shape
-    scale = min(1.0, side / max(height, width))
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    photograph = Image.fromarray(item.image).resize(size, Image.Resampling.LANCZOS)
-    class_map = np.asarray(Image.fromarray(item.class_map.astype(np.int32)).resize(size, Image.Resampling.NEAREST))
-    blend = Image.fromarray(overlay(np.asarray(photograph), class_map, classes.palette))
-    return (
-        _compressed(photograph, "JPEG", quality=quality, optimize=True),
-        _mask_png(class_map, classes),
-        _compressed(blend, "JPEG", quality=quality, optimize=True),
-    )
-
-
-def _mask_png(class_map: np.ndarray, classes: Classes) -> bytes:
-    if len(classes) <= PALETTE_CLASSES:
-        return encode_png(class_map.astype(np.uint8), list(classes.palette))
-    return _compressed(Image.fromarray(np.asarray(classes.palette, np.uint8)[class_map]), "PNG", optimize=True)
-
-
-def _compressed(image: Image.Image, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def _data_url(kind: str, data: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _legend(report: Report) -> list[tuple[str, str]]:
-    """Name and colour of the classes that the overlays show, by class id."""
-    present: Iterable[int] = sorted(
-        {int(value) for item in report.overlays[:MAX_OVERLAYS] for value in np.unique(item.class_map)}
-    )
-    return [(report.classes.names[index], _css(report.classes.palette[index])) for index in present]
-
-
 def _sql(report: Report) -> str:
     """What reads the masks in DuckDB."""
     if not report.masks:
@@ -373,10 +264,6 @@ def _sql(report: Report) -> str:
         "SELECT image_uri, height, width, class_ids, class_pixels, confidence, mask "
         f"FROM read_parquet('{files}') WHERE status = 'ok' LIMIT 10;"
     )
-
-
-def _css(colour: tuple[int, int, int]) -> str:
-    return "#{:02x}{:02x}{:02x}".format(*colour)
 
 
 def _known(value: float | None) -> bool:

@@ -13,17 +13,8 @@ import yaml
 from pipeline import dataset, images, masks, storage
 from pipeline.evaluation import SCORES_FILE
 from pipeline.progress import announce
-from pipeline.report import (
-    FILE_NAME,
-    CurvePoint,
-    Overlay,
-    Report,
-    Scores,
-    Stage,
-    Trial,
-    ValidationPoint,
-    write_report,
-)
+from pipeline.report import FILE_NAME, CurvePoint, Report, Scores, Stage, Trial, ValidationPoint, write_report
+from pipeline.report_pictures import Overlay
 from pipeline.run_record import RunRecord, finished_record, read_record, record_run, refuse_other_work
 from pipeline.sweep import TRIALS_FILE
 from pipeline.training import HISTORY_FILE

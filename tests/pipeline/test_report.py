@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline import charts, storage
-from pipeline import report as reports
+from pipeline import charts, report_pictures, storage
 from pipeline.errors import PipelineError
-from pipeline.report import CurvePoint, Overlay, Report, Scores, Stage, Trial, ValidationPoint, render, write_report
+from pipeline.report import CurvePoint, Report, Scores, Stage, Trial, ValidationPoint, render, write_report
+from pipeline.report_pictures import Overlay
 from pipeline.street_scenes import IGNORE_LABEL, NAMES, PALETTE, draw_scene
 from rssnet.classes import Classes
 
@@ -204,12 +204,12 @@ def test_many_large_noisy_photographs_stay_within_bounds(full: Report) -> None:
     random = np.random.default_rng(0)
     noisy = [
         Overlay(str(number), random.integers(0, 256, (900, 700, 3), np.uint8), random.integers(0, 11, (900, 700)))
-        for number in range(reports.MAX_OVERLAYS + 3)
+        for number in range(report_pictures.MAX_OVERLAYS + 3)
     ]
     page = render(dataclasses.replace(full, overlays=noisy))
     assert len(page) < 4_000_000
-    assert len(pictures(page)) == 3 * reports.MAX_OVERLAYS
-    assert max(pictures(page)[0].size) < reports.PICTURE_STEPS[0][0]
+    assert len(pictures(page)) == 3 * report_pictures.MAX_OVERLAYS
+    assert max(pictures(page)[0].size) < report_pictures.PICTURE_STEPS[0][0]
     assert "The first 12 of 15 photographs" in section(page, "What the model sees")
 
 
