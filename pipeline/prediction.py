@@ -99,15 +99,15 @@ def model_classes(model_url: str) -> Classes:
 
 
 def load_predictor(model_url: str, inference: InferenceConfig) -> Predictor:
-    """The model as a predictor: on the GPU that Ray has given to this actor, else on as many threads as it gave CPUs.
+    """The model as a predictor: on the GPU that Ray has given to this worker, else on as many threads as it gave CPUs.
 
-    Outside an actor it runs on the CPU, with as many threads as torch has been told to use.
+    Outside Ray's workers it runs on the CPU, with as many threads as torch has been told to use.
 
     Raises:
         PipelineError: if there is no model at `model_url`, it is broken, or it refuses the inference settings.
     """
     resources: dict[str, float] = {}
-    if ray.is_initialized() and ray.get_runtime_context().get_actor_id():
+    if ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE:
         resources = ray.get_runtime_context().get_assigned_resources()
         torch.set_num_threads(max(1, math.ceil(resources.get("CPU", 1))))
     try:

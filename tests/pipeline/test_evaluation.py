@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 from PIL import Image
 
@@ -174,6 +175,16 @@ def test_what_cannot_be_evaluated_gets_one_sentence(tiny_model, data, tmp_path):
     with pytest.raises(PipelineError, match=r"'test' .* has 0 labels for 1 images"):
         evaluate(dataclasses.replace(config, split="test"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_task_runs_the_model_on_the_cpus_that_it_was_given(tiny_model):
+    def threads() -> int:
+        load_predictor(tiny_model, InferenceConfig())
+        return torch.get_num_threads()
+
+    environment = {"env_vars": {"OMP_NUM_THREADS": "1"}}
+    assert ray.get(ray.remote(threads).options(num_cpus=2, runtime_env=environment).remote()) == 2
 
 
 @pytest.mark.usefixtures("ray_cluster")
