@@ -17,9 +17,16 @@ from pipeline.dataset import SegmentationDataset
 from pipeline.errors import PipelineError
 from pipeline.evaluation_pictures import confusion_picture, corruption_picture
 from pipeline.parquet_sink import write_table
-from pipeline.prediction import InferenceConfig, load_predictor, model_classes, model_id, predictor_pool
+from pipeline.prediction import (
+    InferenceConfig,
+    inference_of,
+    load_predictor,
+    model_classes,
+    model_id,
+    predictor_pool,
+)
 from pipeline.progress import Progress, announce
-from pipeline.run_record import RunRecord, finished_record, record_run, refuse_other_work
+from pipeline.run_record import RunRecord, finished_record, identity, record_run, refuse_other_work
 from pipeline.scoring import COLUMNS, IMAGE_SCORES, Condition, Counts, Scorer
 from rssnet.classes import Classes
 
@@ -90,7 +97,8 @@ def evaluate(config: EvaluateConfig) -> RunRecord:
     conditions = _conditions(config)
     outputs = [SCORES_FILE, CONFUSION_FILE, CONFUSION_PICTURE, IMAGES_FILE, WORST_FILE]
     outputs += [CORRUPTIONS_PICTURE] if conditions else []
-    with record_run(config.out, WORKFLOW, config, inputs, outputs, keep=not config.new) as record:
+    # Nothing goes on from what an unfinished run, perhaps of another configuration, has left here.
+    with record_run(config.out, WORKFLOW, config, inputs, outputs, keep=False) as record:
         with connected():
             counts = _evaluate_split(config, data, conditions)
             scored = [image for image in counts.images if image["pixels"]]
@@ -108,6 +116,7 @@ def evaluate(config: EvaluateConfig) -> RunRecord:
             "split": config.split,
             "model": config.model,
             "model_id": inputs["model"],
+            "inference": identity(inference_of(config.model, config.inference)),
             **record.counts,
             **record.results,
             "classes": _class_rows(counts, data.classes),
@@ -150,11 +159,10 @@ def _conditions(config: EvaluateConfig) -> list[Condition]:
 def _evaluate_split(config: EvaluateConfig, data: SegmentationDataset, conditions: Sequence[Condition]) -> Counts:
     """The counts over all images of the split; AssertionError if one is missing or is there twice."""
     expected = data.split(config.split).rows
-    pool = predictor_pool(config.workers, config.cpus_per_worker, config.use_gpu)
+    pool = predictor_pool(config.workers, config.cpus_per_worker, config.use_gpu, config.batch_size)
     batches = data.ray(config.split, COLUMNS).map_batches(
         Scorer,
         fn_constructor_args=(config.model, config.inference, conditions),
-        batch_size=config.batch_size,
         batch_format="pyarrow",
         **pool,
     )

@@ -146,16 +146,17 @@ class PredictorActor:
         return load_predictor(self.model_url, self.inference)
 
 
-def predictor_pool(workers: int, cpus_per_worker: float, use_gpu: bool) -> dict[str, Any]:
+def predictor_pool(workers: int, cpus_per_worker: float, use_gpu: bool, batch_size: int) -> dict[str, Any]:
     """The arguments of `Dataset.map_batches` for a fixed number of actors that hold a predictor each.
 
     Raises:
-        PipelineError: if this machine can never hold them beside the task that feeds them. A cluster that was joined by
-            its address may still grow, so there the wait is announced instead.
+        PipelineError: if a number is out of range, or this machine can never hold them beside the task that feeds them.
+            A cluster that was joined by its address may still grow, so there the wait is announced instead.
     """
-    if workers < 1 or cpus_per_worker <= 0:
+    if workers < 1 or cpus_per_worker <= 0 or batch_size < 1:
         raise PipelineError(
-            f"workers is {workers} and cpus_per_worker is {cpus_per_worker}: give at least 1 and more than 0."
+            f"workers is {workers}, cpus_per_worker is {cpus_per_worker} and batch_size is {batch_size}: "
+            "give at least 1, more than 0, and at least 1."
         )
     require_capacity(
         cpus=workers * cpus_per_worker + IO_TASK_CPUS,
@@ -167,6 +168,7 @@ def predictor_pool(workers: int, cpus_per_worker: float, use_gpu: bool) -> dict[
         "compute": ray.data.ActorPoolStrategy(size=workers),
         "num_cpus": cpus_per_worker,
         "num_gpus": 1 if use_gpu else 0,
+        "batch_size": batch_size,
     }
 
 

@@ -235,7 +235,7 @@ def _pending(listing: _Listing, rows: _Rows) -> pa.Table:
 def _segment_pending(config: SegmentConfig, model: str, pending: pa.Table, run_id: str) -> Summary:
     """Read, segment, encode and write."""
     palette = model_classes(config.model).palette
-    pool = predictor_pool(config.workers, config.cpus_per_worker, config.use_gpu)
+    pool = predictor_pool(config.workers, config.cpus_per_worker, config.use_gpu, config.batch_size)
     blocks = [pending.slice(start, config.batch_size) for start in range(0, pending.num_rows, config.batch_size)]
     with Progress("segment", pending.num_rows, "images") as progress:
         sink = MaskSink(config.out, run_id, progress.reporter)
@@ -245,7 +245,6 @@ def _segment_pending(config: SegmentConfig, model: str, pending: pa.Table, run_i
             .map_batches(
                 Segmenter,
                 fn_constructor_args=(config.model, config.inference),
-                batch_size=config.batch_size,
                 batch_format="pyarrow",
                 **pool,
             )

@@ -5,6 +5,7 @@ import io
 import json
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +22,8 @@ from pipeline.evaluation import EvaluateConfig, evaluate
 from pipeline.images import decode_label, decode_photograph, encode_png
 from pipeline.parquet_sink import write_table
 from pipeline.prediction import InferenceConfig, load_predictor
-from pipeline.scoring import confusion_matrix
+from pipeline.run_record import record_run
+from pipeline.scoring import Counts, confusion_matrix
 from rssnet.classes import Classes
 from rssnet.metrics import BoundaryIoU
 
@@ -29,7 +31,7 @@ NUM_CLASSES = 6
 IMAGES = 7
 
 
-def _row(number: int, ignored_rows: int = 3) -> dict[str, object]:
+def _row(number: int, ignored_rows: int = 3) -> dict[str, Any]:
     """A photograph of its own size with a label in which the last class is nowhere and the top is ignored."""
     height, width = 40 + 7 * number, 90 - 5 * number
     random = np.random.default_rng(number)
@@ -177,6 +179,32 @@ def test_what_cannot_be_evaluated_gets_one_sentence(tiny_model, data, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_image_without_a_labelled_pixel_has_no_score_of_its_own(tiny_model):
+    counts = Counts(NUM_CLASSES)
+    counts.add([_row(0, ignored_rows=1000)], load_predictor(tiny_model, InferenceConfig()))
+    assert counts.images == [{"image_id": "val/0", "miou": None, "aacc": None, "pixels": 0}]
+
+
+def test_what_cannot_be_scored_is_named(tiny_model):
+    predictor = load_predictor(tiny_model, InferenceConfig())
+    good, bad = _row(0), _row(1)
+    wrong = {
+        "damaged or truncated": {"image": good["image"][:500]},
+        "must have one shape": {"label": encode_png(np.zeros((5, 5), np.uint8))},
+        "label holds the value 9": {"label": encode_png(np.full((47, 85), 9, np.uint8))},
+    }
+    for said, change in wrong.items():
+        with pytest.raises(PipelineError, match=f"scored on 'val/1': .*{said}"):
+            Counts(NUM_CLASSES).add([good, {**bad, **change}], predictor)
+        with pytest.raises(PipelineError, match=f"scored on 'val/1': .*{said}"):
+            confusion_matrix(predictor, [good, {**bad, **change}], NUM_CLASSES)
+    with torch.no_grad():
+        for parameter in predictor.model.parameters():
+            parameter.fill_(float("nan"))
+    with pytest.raises(PipelineError, match=r"scored on 'val/0', 'val/1': the model gave values that are no numbers"):
+        Counts(NUM_CLASSES).add([good, bad], predictor)
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_task_runs_the_model_on_the_cpus_that_it_was_given(tiny_model):
     def threads() -> int:
@@ -185,6 +213,25 @@ def test_a_task_runs_the_model_on_the_cpus_that_it_was_given(tiny_model):
 
     environment = {"env_vars": {"OMP_NUM_THREADS": "1"}}
     assert ray.get(ray.remote(threads).options(num_cpus=2, runtime_env=environment).remote()) == 2
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_nothing_of_an_unfinished_evaluation_stays(tiny_model, data, tmp_path):
+    def interrupted() -> None:
+        with record_run(str(tmp_path), "evaluate", {}, {}, ["corruptions.png"]):
+            (tmp_path / "corruptions.png").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    record = evaluate(EvaluateConfig(tiny_model, data, str(tmp_path)))
+    assert {path.name for path in tmp_path.iterdir()} == {*record.outputs, "run.json"}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_batches_of_no_image_are_refused(tiny_model, data, tmp_path):
+    with pytest.raises(PipelineError, match="batch_size is 0: give at least 1"):
+        evaluate(EvaluateConfig(tiny_model, data, str(tmp_path / "out"), batch_size=0))
 
 
 @pytest.mark.usefixtures("ray_cluster")
