@@ -1,8 +1,9 @@
 """Scores of a model on a labelled split of a dataset: exact sums of pixel counts over a pool of workers."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, cast
 
 import numpy as np
@@ -14,6 +15,7 @@ from pipeline.cluster import connected
 from pipeline.contact_sheet import contact_sheet, prediction_panels
 from pipeline.corruptions import KINDS, SEVERITIES
 from pipeline.dataset import SegmentationDataset
+from pipeline.diagnostics import diagnosed, diagnostics_document, diagnostics_picture, diagnostics_text
 from pipeline.errors import PipelineError
 from pipeline.evaluation_pictures import confusion_picture, corruption_picture
 from pipeline.parquet_sink import write_table
@@ -35,6 +37,8 @@ SCORES_FILE = "scores.json"
 CONFUSION_FILE = "confusion.json"
 CONFUSION_PICTURE = "confusion.png"
 CORRUPTIONS_PICTURE = "corruptions.png"
+DIAGNOSTICS_FILE = "diagnostics.json"
+DIAGNOSTICS_PICTURE = "diagnostics.png"
 IMAGES_FILE = "images.parquet"
 WORST_FILE = "worst.png"
 WORST = 6  # images that are drawn
@@ -51,6 +55,8 @@ class EvaluateConfig:
         split: name of the split.
         corruptions: natural corruptions to score under too, each at five severities, separated by commas: kinds such as
             fog, groups (noise, blur, weather, digital), or all.
+        diagnostics: images, spread evenly over the split, on which to measure how separate each layer's representations
+            are; 0 is none. Each costs about two forward passes; 16 steady the measures and are little beside a split.
         inference: how the model is applied.
         workers: processes that hold a model each.
         use_gpu: give each of them a GPU.
@@ -64,6 +70,7 @@ class EvaluateConfig:
     out: str
     split: str = "val"
     corruptions: str | None = None
+    diagnostics: int = 16
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     workers: int = field(default=1, metadata={"identity": False})
     use_gpu: bool = field(default=False, metadata={"identity": False})
@@ -86,6 +93,8 @@ def evaluate(config: EvaluateConfig) -> RunRecord:
     )
     data = dataset.open(config.dataset)
     data.require_labels(config.split)
+    if config.diagnostics < 0:
+        raise PipelineError(f"diagnostics is {config.diagnostics}: give a number of images, 0 being none.")
     _require_same_classes(config, model_classes(config.model), data.classes)
     inputs = {"model": model_id(config.model, config.inference), "dataset": data.info.fingerprint}
     if not config.new:
@@ -97,6 +106,7 @@ def evaluate(config: EvaluateConfig) -> RunRecord:
     conditions = _conditions(config)
     outputs = [SCORES_FILE, CONFUSION_FILE, CONFUSION_PICTURE, IMAGES_FILE, WORST_FILE]
     outputs += [CORRUPTIONS_PICTURE] if conditions else []
+    outputs += [DIAGNOSTICS_FILE, DIAGNOSTICS_PICTURE] if config.diagnostics else []
     # Nothing goes on from what an unfinished run, perhaps of another configuration, has left here.
     with record_run(config.out, WORKFLOW, config, inputs, outputs, keep=False) as record:
         with connected():
@@ -105,8 +115,9 @@ def evaluate(config: EvaluateConfig) -> RunRecord:
             if not scored:
                 raise PipelineError(f"No image of the split {config.split!r} of {data.url} has a labelled pixel.")
             worst = sorted(scored, key=lambda image: (image["miou"], image["image_id"]))[:WORST]
-            draw = ray.remote(_write_worst).options(num_cpus=config.cpus_per_worker, num_gpus=int(config.use_gpu))
-            ray.get(draw.remote(config, worst))
+            _as_task(config, _write_worst, worst)
+            if config.diagnostics:
+                announce(f"  {_as_task(config, _write_diagnostics)}")
         record.counts = {"images": len(counts.images), "pixels": int(counts.confusion.counts.sum())}
         scores = counts.confusion.scores().to_dict()
         record.results = {name: scores[name] for name in ("miou", "macc", "aacc", "fwiou", "mdice")}
@@ -178,6 +189,12 @@ def _evaluate_split(config: EvaluateConfig, data: SegmentationDataset, condition
     return total
 
 
+def _as_task(config: EvaluateConfig, work: Callable[..., Any], *arguments: Any) -> Any:
+    """Do what needs the model once more with what one of the workers had."""
+    task: Any = ray.remote(work).options(num_cpus=config.cpus_per_worker, num_gpus=int(config.use_gpu))
+    return ray.get(task.remote(config, *arguments))
+
+
 def _write_worst(config: EvaluateConfig, images: Sequence[Mapping[str, Any]]) -> None:
     """Draw the images with the lowest scores beside their labels and what the model saw. Runs as a task."""
     data = dataset.open(config.dataset)
@@ -192,6 +209,29 @@ def _write_worst(config: EvaluateConfig, images: Sequence[Mapping[str, Any]]) ->
             panels[row["image_id"]] = prediction_panels(row, predictor, title)
     picture = contact_sheet([panels[image_id] for image_id in scored], data.classes)
     storage.write_bytes(storage.join(config.out, WORST_FILE), picture)
+
+
+def _write_diagnostics(config: EvaluateConfig) -> str:
+    """Measure, write the table and the plot, and return them in a few words. Runs as a task."""
+    data = dataset.open(config.dataset)
+    predictor = load_predictor(config.model, config.inference)
+    rows = data.split(config.split).rows
+    images = min(config.diagnostics, rows)
+    spread = data.rows(config.split, COLUMNS, shard=(0, rows // images))
+    table = diagnosed(predictor, islice(spread, images))
+    document = {
+        "model": config.model,
+        "dataset": config.dataset,
+        "split": config.split,
+        "images": images,
+        "crop_size": predictor.crop_size,
+        "layers": diagnostics_document(table),
+    }
+    storage.write_json(storage.join(config.out, DIAGNOSTICS_FILE), document)
+    made_of = predictor.model.config
+    title = f"{made_of.head} on {made_of.backbone}, layer by layer, on {images} images of {config.split}"
+    storage.write_bytes(storage.join(config.out, DIAGNOSTICS_PICTURE), diagnostics_picture(table, title))
+    return f"separation on {images} images: {diagnostics_text(table)}"
 
 
 def _require_same_classes(config: EvaluateConfig, of_model: Classes, of_dataset: Classes) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 import zlib
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from PIL import Image
 
 from pipeline import dataset, storage
 from pipeline.corruptions import corrupted
+from pipeline.diagnostics import diagnosed
 from pipeline.errors import PipelineError
 from pipeline.evaluation import EvaluateConfig, evaluate
 from pipeline.images import decode_label, decode_photograph, encode_png
@@ -285,11 +287,42 @@ def test_corrupted_images_are_scored_by_kind_and_severity(evaluated, tiny_model,
     assert found["retention"] == pytest.approx(found["mean_miou"] / scores["miou"])
 
 
-@pytest.mark.parametrize("name", ["confusion.png", "worst.png", "corruptions.png"])
+@pytest.mark.parametrize("name", ["confusion.png", "worst.png", "corruptions.png", "diagnostics.png"])
 def test_pictures_are_drawn(evaluated, name):
     picture = np.asarray(Image.open(Path(evaluated.out, name)).convert("RGB"))
     assert min(picture.shape[:2]) > 200
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
+
+
+def test_separation_is_measured_layer_by_layer(evaluated, tiny_model, data):
+    found = _read(evaluated, "diagnostics.json")
+    assert (found["images"], found["crop_size"]) == (IMAGES, [64, 64])
+    expected = diagnosed(load_predictor(tiny_model, InferenceConfig()), dataset.open(data).rows("val"))
+    assert [row["layer"] for row in found["layers"]] == [row.layer for row in expected]
+    for measured, row in zip(found["layers"], expected, strict=True):
+        for name in ("token_cosine", "high_frequency_share", "class_scatter", "region_cosine"):
+            value = math.nan if measured[name] is None else measured[name]
+            assert value == pytest.approx(getattr(row, name), abs=1e-4, nan_ok=True)
+    assert {"diagnostics.json", "diagnostics.png"} <= set(_read(evaluated, "run.json")["outputs"])
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize(("asked", "measured"), [(0, None), (3, 3)])
+def test_separation_is_measured_on_as_many_images_as_are_asked_for(tiny_model, data, tmp_path, capsys, asked, measured):
+    config = EvaluateConfig(tiny_model, data, str(tmp_path), diagnostics=asked)
+    record = evaluate(config)
+    said = capsys.readouterr().out
+    assert ("diagnostics.json" in record.outputs) == (tmp_path / "diagnostics.json").exists() == bool(asked)
+    if measured:
+        assert _read(config, "diagnostics.json")["images"] == measured
+        assert "separation on 3 images: token cosine" in said
+    else:
+        assert "separation" not in said
+
+
+def test_a_negative_number_of_images_is_refused(tiny_model, data, tmp_path):
+    with pytest.raises(PipelineError, match="diagnostics is -1: give a number of images"):
+        evaluate(EvaluateConfig(tiny_model, data, str(tmp_path / "out"), diagnostics=-1))
 
 
 def test_an_unknown_corruption_is_refused(tiny_model, data, tmp_path):
