@@ -58,7 +58,8 @@ class EvaluateConfig:
         diagnostics: images, spread evenly over the split, on which to measure how separate each layer's representations
             are; 0 is none. Each costs about two forward passes; 16 steady the measures and are little beside a split.
         inference: how the model is applied.
-        workers: processes that hold a model each.
+        workers: processes that hold a model each. Images come by row groups, 32 as ingest writes them: of more workers
+            than the split has of these, some have nothing to do.
         use_gpu: give each of them a GPU.
         cpus_per_worker: CPUs, and threads, for each of them.
         batch_size: images that a worker gets at a time.

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ from pipeline.images import decode_label, decode_photograph, encode_png
 from pipeline.parquet_sink import write_table
 from pipeline.prediction import InferenceConfig, load_predictor
 from pipeline.run_record import record_run
-from pipeline.scoring import Counts, confusion_matrix
+from pipeline.scoring import COLUMNS, Counts, confusion_matrix
 from rssnet.classes import Classes
-from rssnet.metrics import BoundaryIoU
+from rssnet.metrics import BoundaryIoU, ConfusionMatrix
 
 NUM_CLASSES = 6
 IMAGES = 7
@@ -52,10 +53,15 @@ def _row(number: int, ignored_rows: int = 3) -> dict[str, Any]:
 
 
 def _write_dataset(url: str, classes: Classes, ignored_rows: int = 3) -> str:
-    """A dataset whose split `val` has seven images in two files, and whose split `test` has no labels."""
+    """A dataset whose split `val` has seven images in three files, and whose split `test` has no labels."""
     rows = [_row(number, ignored_rows) for number in range(IMAGES)]
     unlabelled = [{**rows[0], "image_id": "test/0", "label": None}]
-    files = {"val/part-a.parquet": rows[:5], "val/part-b.parquet": rows[5:], "test/part-a.parquet": unlabelled}
+    files = {
+        "val/part-a.parquet": rows[:3],
+        "val/part-b.parquet": rows[3:5],
+        "val/part-c.parquet": rows[5:],
+        "test/part-a.parquet": unlabelled,
+    }
     for path, part in files.items():
         write_table(storage.join(url, path), pa.Table.from_pylist(part, schema=dataset.SCHEMA))
     splits = {
@@ -122,6 +128,91 @@ def test_two_workers_count_what_one_process_counts(evaluated, expected):
     np.testing.assert_array_equal(counts.sum(1), total.sum(1))
     # Windows share batches with those of other images, which may tip a tie between classes.
     assert np.abs(counts - total).sum() <= 0.002 * total.sum()
+
+
+@dataclasses.dataclass(frozen=True)
+class OneProcess:
+    """What a plain loop over the images, one at a time, counts with `rssnet.metrics`."""
+
+    confusion: ConfusionMatrix
+    boundary: BoundaryIoU
+    images: list[dict[str, Any]]
+
+
+def _in_one_process(
+    model: str, data: str, inference: InferenceConfig, condition: tuple[str, int] | None = None
+) -> OneProcess:
+    predictor = load_predictor(model, inference)
+    total = OneProcess(ConfusionMatrix(NUM_CLASSES), BoundaryIoU(NUM_CLASSES), [])
+    for row in dataset.open(data).rows("val"):
+        photograph, label = decode_photograph(row["image"]), torch.tensor(decode_label(row["label"]))
+        if condition:
+            photograph = corrupted(photograph, *condition, zlib.crc32(f"{row['image_id']}:{condition[0]}".encode()))
+        (prediction,) = predictor([torch.tensor(photograph).permute(2, 0, 1)])
+        assert prediction.class_map.shape == (row["height"], row["width"])
+        alone = ConfusionMatrix(NUM_CLASSES)
+        alone.update(prediction.class_map, label)
+        total.confusion.merge(alone)
+        total.boundary.update(prediction.class_map, label)
+        scores, pixels = alone.scores(), int((label != dataset.IGNORE_LABEL).sum())
+        total.images.append({"image_id": row["image_id"], "miou": scores.miou, "aacc": scores.aacc, "pixels": pixels})
+    return total
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As many as the workers have: sums in another order may tip a tie between classes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+ALONE = InferenceConfig(window_batch=1)  # no window shares a batch, whose size may tip a tie too
+
+
+@pytest.mark.usefixtures("ray_cluster", "one_thread")
+def test_three_workers_score_seven_images_exactly_as_one_process(tiny_model, data, tmp_path):
+    config = EvaluateConfig(
+        tiny_model, data, str(tmp_path), workers=3, cpus_per_worker=0.5, batch_size=1, inference=ALONE, diagnostics=0
+    )
+    evaluate(config)
+    expected = _in_one_process(tiny_model, data, ALONE)
+    assert _read(config, "confusion.json")["counts"] == expected.confusion.to_list()
+    scores, boundary = _read(config, "scores.json"), expected.boundary.scores().to_dict()
+    assert scores["boundary_miou"] == boundary["miou"]
+    assert [row["boundary_iou"] for row in scores["classes"]] == boundary["iou"]
+    for name in ("miou", "macc", "aacc", "fwiou", "mdice"):
+        assert scores[name] == getattr(expected.confusion.scores(), name)
+    assert pq.read_table(tmp_path / "images.parquet").to_pylist() == expected.images
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("world_size", [1, 3, 9])
+def test_the_shards_of_a_validation_add_up_exactly_to_the_whole(tiny_model, data, world_size):
+    predictor, opened = load_predictor(tiny_model, ALONE), dataset.open(data)
+    total = ConfusionMatrix(NUM_CLASSES)
+    for rank in range(world_size):
+        rows = opened.rows("val", COLUMNS, shard=(rank, world_size))
+        total.merge(confusion_matrix(predictor, rows, NUM_CLASSES))
+    assert total.to_list() == _in_one_process(tiny_model, data, ALONE).confusion.to_list()
+
+
+@pytest.mark.usefixtures("ray_cluster", "one_thread")
+def test_scales_and_mirror_images_are_averaged_at_the_images_own_size_also_under_corruption(tiny_model, data, tmp_path):
+    inference = dataclasses.replace(ALONE, scales=(0.5, 1.0, 1.5), flip=True)
+    config = EvaluateConfig(
+        tiny_model, data, str(tmp_path), corruptions="contrast", cpus_per_worker=1, inference=inference, diagnostics=0
+    )
+    evaluate(config)
+    expected, plain = _in_one_process(tiny_model, data, inference), _in_one_process(tiny_model, data, ALONE)
+    assert _read(config, "confusion.json")["counts"] == expected.confusion.to_list() != plain.confusion.to_list()
+    scores = _read(config, "scores.json")
+    assert (scores["inference"]["scales"], scores["inference"]["flip"]) == ([0.5, 1.0, 1.5], True)
+    (contrast,) = scores["corruptions"]["kinds"]
+    for severity in (1, 5):
+        spoilt = _in_one_process(tiny_model, data, inference, ("contrast", severity)).confusion.scores()
+        assert contrast["miou"][severity - 1] == pytest.approx(spoilt.miou, rel=1e-12)
 
 
 def test_scores_follow_from_the_counts(evaluated):
