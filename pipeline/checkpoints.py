@@ -19,7 +19,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 
 from pipeline import storage
 from pipeline.errors import PipelineError
-from pipeline.storage_errors import patiently
+from pipeline.storage_errors import StorageError, patiently
 
 CHECKPOINTS_FOLDER = "checkpoints"
 _STATE_FILE = "state.pt"
@@ -73,8 +73,8 @@ class Checkpoints:
             self._uploaded.wait()
             with storage.explained(str(self._folder)):
                 self._folder.mkdir(parents=True, exist_ok=True)
-                with (self._folder / _STATE_FILE).open("wb") as file:
-                    torch.save(state, file)
+                _require_space(self._folder, state)
+                torch.save(state, self._folder / _STATE_FILE)
             self._uploaded.clear()
             checkpoint = Checkpoint.from_directory(self._folder)
         ray.train.report(
@@ -110,6 +110,25 @@ class Checkpoints:
         for name in there - finished:
             if name.startswith("checkpoint_"):
                 storage.delete(storage.join(folder, name))
+
+
+def _require_space(folder: Path, state: dict[str, Any]) -> None:
+    """What torch says of a full disk names neither the disk nor that it is full."""
+    needed = _tensor_bytes(state)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise StorageError(
+            f"{folder}: no space left on the device for a checkpoint of {needed:,} bytes, of which there are {free:,}: "
+            "free some, or set TMPDIR to a larger disk."
+        )
+
+
+def _tensor_bytes(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        return sum(map(_tensor_bytes, value.values()))
+    return 0
 
 
 def best_iterations(validation: Sequence[dict[str, Any]], keep: int) -> list[int]:

@@ -47,7 +47,7 @@ def diagnostics_document(table: Sequence[LayerDiagnostics]) -> list[dict[str, An
     """The table as JSON can hold it: a row per layer, nan as None."""
     return [
         {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}
-        for row in map(dataclasses.asdict, table)
+        for row in (dataclasses.asdict(measured) for measured in table)
     ]
 
 

@@ -176,7 +176,13 @@ class _Training:
         rate, waited = self.clock.read()
         rate *= self.config.batch_size
         self.history["training"].append(
-            {"iteration": iteration, "loss": loss if math.isfinite(loss) else None, "lr": lr, "data_wait": waited}
+            {
+                "iteration": iteration,
+                "loss": loss if math.isfinite(loss) else None,
+                "lr": lr,
+                "data_wait": waited,
+                "time": time.time(),
+            }
         )
         curves = {"train/loss": loss, "train/lr": lr, "speed/images_per_second": rate, "speed/data_wait_share": waited}
         self.log.add(iteration, curves)

@@ -51,12 +51,14 @@ class FaultyS3:
         faults: by pattern of `bucket/key`, or `LISTING` for listings.
         happened: how often each (pattern, kind of fault) has befallen a request, and under `OUTAGE` how many were
             refused while it was down.
+        served: bytes of the bodies that were sent, by `bucket/key`.
         down: while it is set, every request is answered with 503.
     """
 
     endpoint: str
     faults: Mapping[str, Fault]
     happened: Counter[tuple[str, str]]
+    served: Counter[str]
     down: threading.Event
 
     def unused(self) -> set[tuple[str, str]]:
@@ -87,10 +89,15 @@ def faulty_s3(server: str, faults: Mapping[str, Fault]) -> Iterator[FaultyS3]:
                     return True
         return False
 
+    served = Counter[str]()
     down = threading.Event()
 
     class Handler(_Handler):
         upstream = urllib.parse.urlsplit(server).netloc
+
+        def count(self, content: bytes) -> None:
+            with lock:
+                served[self.key] += len(content)
 
         def is_down(self) -> bool:
             with lock:
@@ -104,7 +111,7 @@ def faulty_s3(server: str, faults: Mapping[str, Fault]) -> Iterator[FaultyS3]:
         thread = threading.Thread(target=proxy.serve_forever, args=(0.05,), daemon=True)
         thread.start()
         try:
-            yield FaultyS3(f"http://127.0.0.1:{proxy.server_port}", faults, happened, down)
+            yield FaultyS3(f"http://127.0.0.1:{proxy.server_port}", faults, happened, served, down)
         finally:
             proxy.shutdown()
             thread.join()
@@ -116,6 +123,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def strikes(self, kind: str) -> bool:
         """Whether a fault of this kind befalls the request, which counts it."""
+        raise NotImplementedError
+
+    def count(self, content: bytes) -> None:
+        """Remember how much of an object was sent."""
         raise NotImplementedError
 
     def is_down(self) -> bool:
@@ -141,7 +152,9 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             connection.request(self.command, self.path, content, dict(self.headers))
             response = connection.getresponse()
-            self._answer(response.status, dict(response.headers), response.read())
+            body = response.read()
+            self.count(body)
+            self._answer(response.status, dict(response.headers), body)
         finally:
             connection.close()
 

@@ -44,6 +44,7 @@ def train_on_two_nodes(config: TrainConfig, fault: str, folder: Path) -> dict:
     command = [sys.executable, "-m", "tests.pipeline.two_nodes", str(file), fault]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert f"{fault} has happened" in done.stdout, "the training ended before it could be disturbed"
     return storage.read_json(storage.join(config.run, "history.json"))
 
 

@@ -5,9 +5,8 @@ A process of its own, for a test session has one Ray already.
 
 import pickle
 import sys
-import threading
 import time
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -49,26 +48,19 @@ class TwoNodes:
         ray_cli.drain_node.main(arguments, standalone_mode=False)
 
 
-def _after_a_checkpoint(run: str, happen: Callable[[], None]) -> threading.Thread:
-    def wait() -> None:
-        while not has_checkpoint(run):
-            time.sleep(0.05)
-        happen()
-
-    thread = threading.Thread(target=wait, daemon=True)
-    thread.start()
-    return thread
-
-
 def main(config_file: str, fault: str) -> None:
     config: TrainConfig = pickle.loads(Path(config_file).read_bytes())
     nodes = TwoNodes()
     happens = {"none": lambda: None, "kill": nodes.kill_second, "replace": nodes.replace_second}
     happens["preempt"] = nodes.announce_preemption
-    disturber = _after_a_checkpoint(config.run, happens[fault])
-    train(config)
-    disturber.join(timeout=10)
-    assert not disturber.is_alive(), "nothing happened to the training"
+    with ThreadPoolExecutor(1) as executor:  # nodes can be added in the main thread alone
+        training = executor.submit(train, config)
+        while not has_checkpoint(config.run) and not training.done():
+            time.sleep(0.05)
+        if not training.done():
+            happens[fault]()
+            print(f"{fault} has happened", flush=True)
+        training.result()
     ray.shutdown()
     nodes.cluster.shutdown()
 
