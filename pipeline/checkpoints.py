@@ -49,12 +49,16 @@ class Checkpoints:
         """
         if self.writes:
             shutil.rmtree(self._folder, ignore_errors=True)
-            self._delete_unfinished()
+            patiently(self._delete_unfinished)
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
             return None
-        with checkpoint.as_directory() as folder:
-            state = torch.load(Path(folder) / _STATE_FILE, map_location="cpu", weights_only=True)
+
+        def loaded() -> Any:
+            with storage.explained(storage.join(self.run, CHECKPOINTS_FOLDER)), checkpoint.as_directory() as folder:
+                return torch.load(Path(folder) / _STATE_FILE, map_location="cpu", weights_only=True)
+
+        state = patiently(loaded)
         if not isinstance(state, dict) or not {"step", "history"} <= state.keys():
             raise PipelineError(f"{self.run} has checkpoints of another version: start afresh with --new true.")
         return state
@@ -63,10 +67,11 @@ class Checkpoints:
         """Tell Ray Train, and keep a checkpoint if there is a state. All workers have to call this.
 
         The state is written to the disk of this machine at once, and uploaded from there while training goes on; one
-        at a time, so that storage which is slower than training slows it down, and does not fill the disk.
+        at a time, so that storage which is slower than training slows it down, and does not fill the disk. An upload
+        that fails for good ends the training: Ray Train raises its error in place of the training's.
 
         Raises:
-            StorageError: if this machine's disk is full, or an earlier upload has failed for good.
+            StorageError: if this machine's disk is full.
         """
         checkpoint = None
         if self.writes and state is not None:
@@ -74,9 +79,10 @@ class Checkpoints:
             with storage.explained(str(self._folder)):
                 self._folder.mkdir(parents=True, exist_ok=True)
                 _require_space(self._folder, state)
-                torch.save(state, self._folder / _STATE_FILE)
+                folder = tempfile.mkdtemp(dir=self._folder)
+                torch.save(state, Path(folder) / _STATE_FILE)
             self._uploaded.clear()
-            checkpoint = Checkpoint.from_directory(self._folder)
+            checkpoint = Checkpoint.from_directory(folder)
         ray.train.report(
             metrics,
             checkpoint=checkpoint,
@@ -106,10 +112,9 @@ class Checkpoints:
         """Delete what killed uploads have left."""
         folder = storage.join(self.run, CHECKPOINTS_FOLDER)
         finished = {Path(reported.checkpoint.path).name for reported in ray.train.get_all_reported_checkpoints()}
-        there = {found.url[len(folder) :].split("/")[1] for found in storage.list_objects(folder)}
-        for name in there - finished:
-            if name.startswith("checkpoint_"):
-                storage.delete(storage.join(folder, name))
+        there = [found.url[len(folder) :].strip("/").split("/") for found in storage.list_objects(folder)]
+        for name in {parts[0] for parts in there if len(parts) > 1} - finished:  # what has one part is Ray's own
+            storage.delete(storage.join(folder, name))
 
 
 def _require_space(folder: Path, state: dict[str, Any]) -> None:

@@ -140,15 +140,18 @@ class SegmentationDataset:
 
         Args:
             columns: only these.
-            shard: (index, count): every `count`-th row from the `index`-th, over the whole split.
+            shard: (index, count): the `index`-th of `count` parts of the split, each of consecutive rows and as large
+                as the others to within one row.
         """
         index, count = shard
+        rows = self.split(name).rows
+        first, stop = index * rows // count, (index + 1) * rows // count
         position = 0
         for chunk in self.chunks(name):
-            wanted = [row for row in range(chunk.rows) if (position + row) % count == index]
+            begin, end = max(first - position, 0), min(stop - position, chunk.rows)
             position += chunk.rows
-            if wanted:
-                yield from chunk.read(columns).take(wanted).to_pylist()
+            if begin < end:
+                yield from chunk.read(columns).slice(begin, end - begin).to_pylist()
 
     def arrow(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """The whole split as one Arrow table in memory."""

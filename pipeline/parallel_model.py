@@ -64,5 +64,6 @@ def _blocks(backbone: nn.Module) -> list[nn.Module]:
         if isinstance(parent, (nn.Sequential, nn.ModuleList)):
             kinds = [type(child) for child in parent.children()]
             repeated = (child for child in parent.children() if kinds.count(type(child)) > 1)
-            found |= dict.fromkeys(child for child in repeated if len(list(child.children())) > 1)
+            blocks = (child for child in repeated if not isinstance(child, nn.ModuleList))  # which nobody calls
+            found |= dict.fromkeys(child for child in blocks if len(list(child.children())) > 1)
     return list(reversed(found))

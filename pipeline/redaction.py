@@ -4,7 +4,7 @@ import re
 
 _HOST_AND_PORT = re.compile(r"([^:@\[\]]+:[0-9]+|\[[0-9A-Fa-f:.]+\](:[0-9]+)?)[.,:;)'\"]*")
 _SECRET_PARAMETER = re.compile(
-    r"([?&](?:access_key|secret_key|session_token|token|sig|X-Amz-(?:Signature|Credential|Security-Token))=)[^&\s]+",
+    r"([?&](?:access_key|secret_key|session_token|token|sig|Signature|AWSAccessKeyId|X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token))=)[^&\s]+",
     re.IGNORECASE,
 )
 

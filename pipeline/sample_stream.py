@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.dataset import Chunk
 from pipeline.images import decode_label, decode_photograph
@@ -74,17 +75,26 @@ def plan_windows(chunks: list[Chunk], seed: int, shard: tuple[int, int], start: 
 
 
 def sample_batches(
-    windows: list[Window], augmentation: Augmentation, seed: int, batch_size: int
+    windows: list[Window], augmentation: Augmentation, seed: int, batch_size: int, beside: bool = False
 ) -> Generator[dict[str, np.ndarray]]:
     """Batches of augmented samples, in the order that the windows and the seed fix.
+
+    Args:
+        windows: what to read.
+        augmentation, seed, batch_size: of the samples.
+        beside: whether the tasks run on the node of the caller, which has `FEEDING_CPUS` reserved for them; else on
+            whatever node of the cluster has CPUs.
 
     Yields:
         `image` (B, 3, h, w) uint8, `label` (B, h, w) uint8 and `image_id` (B,). A last, smaller batch is left out.
     """
+    strategy: Any = "SPREAD"  # else a trial's placement group would hold it, without a CPU for it
+    if beside:
+        strategy = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     task = ray.remote(_read_window).options(
-        num_cpus=TASK_CPUS,
+        num_cpus=0 if beside else TASK_CPUS,
         num_returns="streaming",
-        scheduling_strategy="SPREAD",  # else a trial's placement group would hold it, without a CPU for it
+        scheduling_strategy=strategy,
         _generator_backpressure_num_objects=BATCHES_AHEAD,
     )
     shared = ray.put(augmentation)

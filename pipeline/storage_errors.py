@@ -13,7 +13,15 @@ from pipeline.redaction import redacted
 OUTAGE_SECONDS = 300.0  # that `patiently` waits for a store
 _LONGEST_WAIT = 15.0  # seconds between two attempts
 # What pyarrow says of answers 5xx; s3fs makes of some of them "device or resource busy".
-_OVERLOADED = ("SLOW_DOWN", "SERVICE_UNAVAILABLE", "INTERNAL_FAILURE", "THROTTLING", "HTTP status 50", "RequestTimeout")
+_OVERLOADED = (
+    "SLOW_DOWN",
+    "SERVICE_UNAVAILABLE",
+    "INTERNAL_FAILURE",
+    "THROTTLING",
+    "HTTP status 50",
+    "RequestTimeout",
+    "UNAVAILABLE",
+)
 
 T = TypeVar("T")
 
@@ -71,11 +79,15 @@ def explanation(url: str, error: Exception) -> StorageError:
     if "Invalid endpoint" in text:
         endpoint = redacted(os.environ.get("AWS_ENDPOINT_URL", ""))
         return StorageError(f"AWS_ENDPOINT_URL={endpoint} is not a URL: write it like https://host:port.")
-    if kinds & {"ConnectionError", "HTTPClientError", "TimeoutError"} or "NETWORK_CONNECTION" in text:
+    if (
+        kinds & {"ConnectionError", "HTTPClientError", "TimeoutError", "ClientConnectionError"}
+        or "NETWORK_CONNECTION" in text
+    ):
         endpoint = os.environ.get("AWS_ENDPOINT_URL", "the store's default endpoint")
         return StorageOutage(f"{place}: no connection to {redacted(endpoint)}: check AWS_ENDPOINT_URL and the network.")
     busy = getattr(error, "errno", None) == errno.EBUSY or any(said in text for said in _OVERLOADED)
-    if scheme != "file" and isinstance(error, OSError) and busy:
+    busy = busy or str(getattr(error, "code", "")).startswith("5")  # gcsfs.retry.HttpError
+    if scheme != "file" and busy:
         return StorageOutage(f"{place}: the store is overloaded or failing: try again later ({_short(text)}).")
     if kinds & {"NoCredentialsError", "PartialCredentialsError"}:
         return StorageError(
@@ -91,7 +103,8 @@ def explanation(url: str, error: Exception) -> StorageError:
 
 
 def _short(text: str) -> str:
-    return redacted(" ".join(text.split()))[:300]
+    # Without pyarrow's "AWS Error", by which Ray Train would know an upload that it should try again after `patiently`.
+    return redacted(" ".join(text.replace("AWS Error ", "AWS ").split()))[:300]
 
 
 def no_bucket(url: str) -> StorageError:

@@ -17,6 +17,7 @@ import ray.train.torch
 import torch
 import torch.distributed
 from ray.util import get_current_placement_group
+from timm.layers.norm_act import convert_sync_batchnorm
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
@@ -26,18 +27,19 @@ from pipeline.errors import PipelineError
 from pipeline.parallel_model import parallel_model, shard, whole_model
 from pipeline.prediction import predictor_of, write_inference
 from pipeline.progress import Reporter
-from pipeline.run_record import identity
 from pipeline.sample_stream import plan_windows, sample_batches
 from pipeline.scoring import COLUMNS, confusion_matrix
+from pipeline.storage_errors import patiently
 from pipeline.train_step import TrainStep, mean_over_workers
-from pipeline.training import BEST_FOLDER, MODEL_FOLDER, TrainConfig, build_optimizer
-from pipeline.training_log import HISTORY_FILE, PICTURED, RunLog
+from pipeline.training import BEST_FOLDER, HISTORY_FILE, MODEL_FOLDER, TrainConfig, build_optimizer
+from pipeline.training_log import PICTURED, RunLog
 from pipeline.transforms import Augmentation
 from rssnet import RSSNet
 from rssnet.losses import RSSNetLoss, alone, check_batch
 from rssnet.metrics import ConfusionMatrix
 
 LOG_EVERY = 10
+MODEL_CONFIG = "config.json"
 SCORES = ("miou", "macc", "aacc")  # of a validation
 PLACEMENT_GROUP = "placement_group"  # among the reported metrics: its id
 
@@ -62,7 +64,7 @@ class _Training:
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.config, self.reporter = config, reporter
         self.device = ray.train.torch.get_device()
-        self.data = dataset.open(config.dataset)
+        self.data = patiently(partial(dataset.open, config.dataset))
         self.layout = torch.channels_last if config.resources.channels_last else torch.contiguous_format
 
         torch.manual_seed(config.seed)  # the same initial weights on every worker
@@ -70,7 +72,7 @@ class _Training:
         if config.resources.channels_last:
             model = model.to(memory_format=self.layout)  # pyright: ignore[reportCallIssue] as in parallel_model
         if self.world_size > 1 and config.resources.use_gpu:
-            model = cast(RSSNet, nn.SyncBatchNorm.convert_sync_batchnorm(model))  # only some backbones have any
+            model = cast(RSSNet, convert_sync_batchnorm(model))  # only some backbones have any
         self.mean = torch.tensor(model.pixel_mean, device=self.device).view(1, 3, 1, 1) * 255
         self.std = torch.tensor(model.pixel_std, device=self.device).view(1, 3, 1, 1) * 255
         shared = mean_over_workers if self.world_size > 1 else alone
@@ -86,7 +88,7 @@ class _Training:
             clip_grad_norm=config.optimizer.clip_grad_norm,
             average=average,
         )
-        self.history: dict[str, list[dict[str, Any]]] = {"starts": [], "training": [], "validation": [], "skipped": []}
+        self.history: dict[str, Any] = {"starts": [], "training": [], "validation": [], "skipped": [], "trackers": {}}
         self.checkpoints = Checkpoints(config.run, writes=self.rank == 0)
         state = self.checkpoints.restore()
         if state is not None:
@@ -95,7 +97,9 @@ class _Training:
         self.history["starts"].append({"iteration": self.step.iteration, "workers": self.world_size})
         self.log: RunLog | None = None
         if self.rank == 0:
-            self.log = RunLog(config.run, self.step.iteration, config.trackers, identity(config))
+            self.log = RunLog(config, self.step.iteration, self.history)
+        if state is not None:
+            self._keep_best_again()
         self.clock, self.preempted = _Clock(), False
 
     @property
@@ -148,7 +152,8 @@ class _Training:
         chunks = self.data.chunks(config.train_split)
         shard = (self.rank, self.world_size)
         windows = plan_windows(chunks, config.seed, shard, done * batch_size, config.iterations * batch_size)
-        with contextlib.closing(sample_batches(windows, augmentation, config.seed, batch_size)) as batches:
+        beside = not config.resources.use_gpu
+        with contextlib.closing(sample_batches(windows, augmentation, config.seed, batch_size, beside)) as batches:
             self.clock.start()
             for _ in range(done, config.iterations):
                 with self.clock.waiting():
@@ -214,7 +219,9 @@ class _Training:
         if self.step.skipped_in_a_row >= self.config.nonfinite_limit:
             if self.log is not None:
                 self.log.write(self.history)
-                self.log.finish()
+                self.log.finish(failed=True)
+            if self.world_size > 1:
+                torch.distributed.barrier()  # else the first worker is ended while it still writes
             faults = [worker["fault"] for worker in gathered if "fault" in worker]
             raise PipelineError(
                 f"{self.step.skipped_in_a_row} steps in a row, up to iteration {self.step.iteration}, had a gradient "
@@ -239,6 +246,9 @@ class _Training:
     def _evaluate(self) -> None:
         """Validate on all workers, each its share; the sum of their confusion matrices is exact."""
         model = whole_model(self.model).eval()
+        if self.world_size > 1:
+            for buffer in model.buffers():  # of batch norms, whose averages are each worker's own
+                torch.distributed.broadcast(buffer, 0)
         predictor = predictor_of(model, self.config.inference)
         rows = self.data.rows(self.config.val_split, COLUMNS, shard=(self.rank, self.world_size))
         matrix = confusion_matrix(predictor, rows, len(self.data.classes))
@@ -247,29 +257,58 @@ class _Training:
             torch.distributed.all_reduce(counts)
         scores = ConfusionMatrix(len(self.data.classes), counts=counts.cpu()).scores()
         iteration, found = self.step.iteration, {name: float(getattr(scores, name)) for name in SCORES}
-        before = best_iterations(self.history["validation"], self.config.keep_best)
         self.history["validation"].append({"iteration": iteration, **found})
         if self.log is None:
             return
         self.log.add(iteration, {f"validation/{name}": value for name, value in found.items()})
         first = list(islice(self.data.rows(self.config.val_split, COLUMNS), PICTURED))
         self.log.add_pictures(iteration, first, predictor, self.data.classes)
-        best = best_iterations(self.history["validation"], self.config.keep_best)
-        if iteration in best:
-            self._keep(model, f"{BEST_FOLDER}/{iteration:07}")
-            for beaten in set(before) - set(best):
-                place = storage.join(self.config.run, BEST_FOLDER, f"{beaten:07}")
-                self.log.uploads.add(partial(storage.delete, place))
+        self._keep_best(model)
+
+    def _keep_best(self, model: RSSNet) -> None:
+        """Have the model uploaded if its validation is among the best, and those deleted that no longer are.
+
+        Also when a run goes on: an earlier process may have been killed before it had done so.
+        """
+        assert self.log is not None
+        best = {
+            f"{iteration:07}": iteration
+            for iteration in best_iterations(self.history["validation"], self.config.keep_best)
+        }
+        place = storage.join(self.config.run, BEST_FOLDER)
+
+        def kept() -> set[str]:
+            paths = [found.url[len(place) :].strip("/") for found in storage.list_objects(place)]
+            return {path.partition("/")[0] for path in paths if path.endswith(f"/{MODEL_CONFIG}")}
+
+        there = patiently(kept)
+        for name, iteration in best.items():
+            if iteration == self.step.iteration and name not in there:
+                self._keep(model, f"{BEST_FOLDER}/{name}")
+        for name in there - best.keys():
+            self.log.uploads.add(partial(storage.delete, storage.join(place, name)))
+
+    def _keep_best_again(self) -> None:
+        """Of a run that goes on. All workers have to call this."""
+        if self.step.iteration in best_iterations(self.history["validation"], self.config.keep_best):
+            model = whole_model(self.model)
+            if self.log is not None:
+                self._keep_best(model)
 
     def _keep(self, model: RSSNet, name: str) -> None:
-        """Have the model uploaded to a folder of the run, whole or not at all for whoever looks for it there."""
+        """Have the model uploaded to a folder of the run; its configuration last, without which it is no model."""
         assert self.log is not None
         folder = tempfile.TemporaryDirectory()
-        model.save_pretrained(folder.name)
-        write_inference(Path(folder.name), self.config.inference)
+        with storage.explained(folder.name):
+            model.save_pretrained(folder.name)
+            write_inference(Path(folder.name), self.config.inference)
+            last = (Path(folder.name) / MODEL_CONFIG).read_bytes()
+            (Path(folder.name) / MODEL_CONFIG).unlink()
+        place = storage.join(self.config.run, name)
 
         def upload() -> None:
-            storage.upload_folder(Path(folder.name), storage.join(self.config.run, name))
+            storage.upload_folder(Path(folder.name), place)
+            storage.write_bytes(storage.join(place, MODEL_CONFIG), last)
             folder.cleanup()
 
         self.log.uploads.add(upload)

@@ -5,7 +5,7 @@ Nothing here knows Ray; workers that share a batch are told of through torch.dis
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
-    get_state_dict,
+    get_optimizer_state_dict,
     set_model_state_dict,
-    set_state_dict,
+    set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -87,11 +87,12 @@ class TrainStep:
         losses = []
         cuts = (images.tensor_split(self.accumulation), labels.tensor_split(self.accumulation))
         parts = list(zip(*cuts, strict=True))
+        shares = _shares(parts)
         for number, (part, truth) in enumerate(parts, start=1):
             with self._gradients_kept_back(number < len(parts)):
                 with torch.autocast(part.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                     output = self.parallel(part)
-                loss = self.criterion(output, truth)["loss"] * (len(part) / len(images))
+                loss = self.criterion(output, truth)["loss"] * shares[number - 1]
                 loss.backward()
             losses.append(loss.detach())
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
@@ -119,7 +120,10 @@ class TrainStep:
         this then, and the first one alone gets tensors.
         """
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        model, optimizer = get_state_dict(self.model, self.optimizer, options=whole)
+        model = get_model_state_dict(self.model, options=whole)
+        optimizer = None  # before the first step that was not skipped
+        if self.optimizer.state:
+            optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=whole)
         average = None
         if self.average is not None:
             average = get_model_state_dict(self.average.module, options=whole)
@@ -130,10 +134,9 @@ class TrainStep:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken, with any number of workers; each of them is given the whole state."""
         whole = StateDictOptions(full_state_dict=True)
-        optimizer = state["optimizer"]
-        set_state_dict(
-            self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=optimizer, options=whole
-        )
+        set_model_state_dict(self.model, state["model"], options=whole)
+        if state["optimizer"] is not None:
+            set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=whole)
         if self.average is not None:
             set_model_state_dict(self.average.module, state["average"], options=whole)
         self.schedule.load_state_dict(state["schedule"])
@@ -148,6 +151,14 @@ class TrainStep:
         no_sync = getattr(self.parallel, "no_sync", None)  # of DistributedDataParallel, compiled or not
         with no_sync() if kept and no_sync else contextlib.nullcontext():
             yield
+
+
+def _shares(parts: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
+    """The share of the whole batch, over all workers, that each part is: so each image counts as much as another."""
+    sizes = torch.tensor([len(images) for images, _ in parts], dtype=torch.float32, device=parts[0][0].device)
+    if len(parts) > 1 and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(sizes)
+    return (sizes / sizes.sum()).tolist()
 
 
 def mean_over_workers(count: Tensor) -> Tensor:

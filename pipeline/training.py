@@ -1,12 +1,13 @@
 """Training on Ray Train: from a canonical dataset to a model, resumable from the run's own checkpoints."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, ControllerError, FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.callback import UserCallback
 
@@ -21,18 +22,16 @@ from pipeline.prediction import InferenceConfig, predictor_of
 from pipeline.progress import Progress, Reporter, announce
 from pipeline.run_record import RunRecord, finished_record, record_run, refuse_other_work
 from pipeline.sample_stream import FEEDING_CPUS
-from pipeline.training_log import (
-    HISTORY_FILE,
-    PICTURES_FOLDER,
-    TENSORBOARD_FOLDER,
-    TrackerName,
-    require_trackers,
-)
+from pipeline.storage_errors import StorageOutage, explanation, patiently
+from pipeline.trackers import TrackerName, require_trackers
 from pipeline.transforms import AugmentationConfig
 from rssnet import LossConfig, RSSNet, RSSNetConfig, RSSNetLoss, parameter_groups, poly_with_warmup
 
 MODEL_FOLDER = "model"
 BEST_FOLDER = "best"
+HISTORY_FILE = "history.json"
+TENSORBOARD_FOLDER = "tensorboard"
+PICTURES_FOLDER = "validation"
 CONTROLLER_FAILURES = 3  # ray retries a group that cannot start for ever unless told a number
 
 
@@ -188,7 +187,8 @@ def completed(config: TrainConfig, data: SegmentationDataset) -> TrainConfig:
         PipelineError: naming the field and the value that cannot serve.
     """
     for split in (config.train_split, config.val_split):
-        data.require_labels(split)
+        if not sum(data.require_labels(split).pixels):
+            raise PipelineError(f"No image of the split {split!r} of {data.url} has a labelled pixel: choose another.")
     counts = ("iterations", "batch_size", "evaluate_every", "checkpoint_every", "nonfinite_limit", "keep_checkpoints")
     for name in counts:
         if getattr(config, name) < 1:
@@ -250,12 +250,31 @@ def fit(config: TrainConfig, reporter: Reporter, callbacks: Sequence[UserCallbac
     """
     from pipeline.train_loop import train_worker  # the loop imports this module for its configuration
 
+    for _ in range(CONTROLLER_FAILURES):
+        try:
+            return _fit(train_worker, config, reporter, callbacks)
+        except ControllerError as error:
+            # Ray's own record of the checkpoints is written without patience.
+            outage = explanation(config.run, error.controller_failure)
+            if not isinstance(outage, StorageOutage):
+                raise
+            announce(f"  {outage} Waiting for it, to go on from the last checkpoint.")
+            patiently(partial(storage.exists, config.run))
+    return _fit(train_worker, config, reporter, callbacks)
+
+
+def _fit(
+    train_worker: Callable[[dict[str, Any]], None],
+    config: TrainConfig,
+    reporter: Reporter,
+    callbacks: Sequence[UserCallback],
+) -> Result:
     filesystem, path = storage.arrow_filesystem(config.run)
     resources = config.resources
     workers = resources.workers if resources.min_workers is None else (resources.min_workers, resources.workers)
-    per_worker: dict[str, Any] = {"CPU": resources.cpus_per_worker}
-    if resources.use_gpu:
-        per_worker["GPU"] = 1
+    per_worker: dict[str, Any] = {"CPU": resources.cpus_per_worker, "GPU": 1}
+    if not resources.use_gpu:  # what feeds it runs beside it: an elastic group takes every CPU that there is
+        per_worker = {"CPU": resources.cpus_per_worker + FEEDING_CPUS}
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"config": config, "reporter": reporter},

@@ -22,7 +22,7 @@ import numpy as np
 import ray
 import torch
 import torch.distributed
-import torch.multiprocessing
+from torch import multiprocessing
 
 from pipeline import dataset, storage
 from pipeline.cluster import connected
@@ -94,11 +94,10 @@ def bare_loop(rank: int, config: TrainConfig, meeting: str, results: Any) -> Non
 
 def bare_rate(config: TrainConfig) -> float:
     """Images per second of the bare loop."""
-    results = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    results = multiprocessing.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.start_processes(
-            bare_loop, (config, f"{folder}/meeting", results), nprocs=config.resources.workers
-        )
+        arguments = (config, f"{folder}/meeting", results)
+        multiprocessing.spawn(bare_loop, arguments, nprocs=config.resources.workers)  # pyright: ignore[reportPrivateImportUsage]
     return float(results.get())
 
 

@@ -61,7 +61,7 @@ def test_a_step_moves_the_weights_and_its_loss_falls_on_the_same_batch() -> None
     assert (step.iteration, step.skipped) == (4, 0)
 
 
-@pytest.mark.parametrize("accumulation", [2, 4])
+@pytest.mark.parametrize("accumulation", [2, 3, 4])
 def test_a_batch_in_parts_has_the_gradient_of_the_whole(accumulation: int) -> None:
     whole, parts = step_of(plain=True, lr=0.1), step_of(plain=True, lr=0.1, accumulation=accumulation)
     images, labels = batch_of(0)
@@ -71,6 +71,17 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(accumulation: int) -> No
     moved = weights(whole.model) - start
     torch.testing.assert_close(weights(parts.model) - start, moved, rtol=1e-3, atol=1e-6)
     assert moved.abs().max() > 1e-3
+
+
+def test_a_step_that_has_only_skipped_can_be_taken_up_again() -> None:
+    images, labels = batch_of(0)
+    step, again = step_of(), step_of(seed=1)
+    step(images * 1e30, labels)  # finite, but its variance is not
+    again.load_state_dict(step.state_dict())
+    assert (again.iteration, again.skipped) == (1, 1)
+    for one in (step, again):
+        one(images, labels)
+    assert torch.equal(weights(step.model), weights(again.model))
 
 
 def test_a_gradient_beyond_the_limit_is_scaled_to_it() -> None:

@@ -85,7 +85,7 @@ def test_a_spot_notice_makes_a_checkpoint_at_once(scenes: str, tmp_path: Path) -
         tmp_path / "run",
         iterations=400,
         evaluate_every=400,
-        checkpoint_every=100,
+        checkpoint_every=111,  # no multiple of the iterations at which notices are looked for
         keep_checkpoints=9,
         resources=TWO_WORKERS,
     )

@@ -1,0 +1,51 @@
+"""A model in shards computes what the whole model does, and is whole again when asked for."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed
+from torch.distributed.fsdp import FSDPModule
+
+from pipeline.parallel_model import shard, whole_model
+from rssnet import RSSNet, RSSNetConfig
+
+BACKBONES = {
+    "vit_tiny_patch16_224": {"depth": 2, "embed_dim": 48, "num_heads": 3},
+    "swin_tiny_patch4_window7_224": {"embed_dim": 24, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 2, 2)},
+    "hrnet_w18_small": {},
+}
+
+
+@pytest.fixture(scope="module")
+def alone_in_a_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    meeting = tmp_path_factory.mktemp("group") / "meeting"
+    torch.distributed.init_process_group("gloo", f"file://{meeting}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone_in_a_group")
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_model_in_shards_is_the_same_model(backbone: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    options = BACKBONES[backbone]
+    config = RSSNetConfig(backbone=backbone, backbone_options=options, num_classes=4, image_size=64, decoder_width=16)
+    model, images = RSSNet(config).eval(), torch.randn(1, 3, 64, 64)
+    assert whole_model(model) is model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        expected = model(images).logits
+    shard(model)
+    assert sum(isinstance(module, FSDPModule) for module in model.modules()) > 2
+    with torch.no_grad():
+        torch.testing.assert_close(model(images).logits, expected)
+    whole = whole_model(model)
+    assert not isinstance(whole, FSDPModule)
+    assert whole.state_dict().keys() == before.keys()
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, before[name])
+    whole.save_pretrained(str(tmp_path))
+    with torch.no_grad():
+        torch.testing.assert_close(RSSNet.from_pretrained(str(tmp_path)).eval()(images).logits, expected)
