@@ -140,6 +140,8 @@ class TrainStep:
         if self.average is not None:
             set_model_state_dict(self.average.module, state["average"], options=whole)
         self.schedule.load_state_dict(state["schedule"])
+        for group, lr in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
+            group["lr"] = lr
         for name in _COUNTERS:
             setattr(self, name, state[name])
 
