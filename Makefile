@@ -4,7 +4,7 @@ DATA ?=
 OUTPUT ?= demo-output
 BIN := .venv/bin
 
-.PHONY: install demo test test-heavy lint types format presets bench-model bench-ablation bench-ingest gpu clean
+.PHONY: install demo test test-heavy lint types format presets bench-model bench-ablation bench-ingest bench-train gpu clean
 
 install: .venv/installed
 
@@ -21,7 +21,7 @@ demo: install
 test: install lint types
 	$(BIN)/python -m pytest
 
-# What takes too long for `make test`, and is not in it: the demo on CamVid, twice; a killed worker; two workers.
+# What takes too long for `make test`, and is not in it: the demo on CamVid, twice; what befalls clusters.
 test-heavy: install
 	$(BIN)/python -m pytest -m heavy
 
@@ -51,11 +51,15 @@ bench-ablation: install
 bench-ingest: install
 	$(BIN)/python -m tests.benchmarks.ingest --data '$(DATA)'
 
-# Everything that needs a GPU, where PYTHON has torch, timm, safetensors, fsspec and Pillow; no Ray. Meant to take at
-# most ten minutes; it has not been run yet.
+bench-train: install
+	$(BIN)/python -m tests.benchmarks.train --data '$(DATA)'
+
+# Everything that needs a GPU, where PYTHON has torch, timm, safetensors, fsspec and Pillow; training's part where it has
+# Ray as well. Meant to take at most ten minutes; it has not been run yet.
 gpu:
 	$(PYTHON) -m tests.benchmarks.model --device cuda
-	$(PYTHON) -m tests.benchmarks.ablation --device cuda --data '$(DATA)' --deadline 240
+	$(PYTHON) -m tests.benchmarks.ablation --device cuda --data '$(DATA)' --deadline 180
+	@if $(PYTHON) -c 'import ray'; then $(PYTHON) -m tests.benchmarks.train --device cuda --data '$(DATA)'; fi
 
 clean:
 	rm -rf .venv demo-output build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,13 +1,17 @@
 """One optimizer step: what it changes, what it leaves, and that it can be taken up again by another process."""
 
 import copy
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor
 
+from pipeline.images import decode_label, decode_photograph
 from pipeline.train_step import TrainStep
+from pipeline.transforms import Augmentation, AugmentationConfig
 from rssnet import LossConfig, RSSNet, RSSNetConfig, RSSNetLoss
 
 CLASSES = 4
@@ -165,3 +169,19 @@ def test_one_batch_can_be_learned_by_heart() -> None:
     logits = step.model.eval()(images).logits
     found = torch.nn.functional.interpolate(logits, size=(64, 64), mode="bilinear").argmax(1)
     assert (found == labels).float().mean() >= 0.95
+
+
+@pytest.mark.camvid
+def test_the_loss_falls_on_real_photographs(camvid: Path) -> None:
+    step = step_of(lr=3e-3)
+    step.schedule.lr_lambdas[0] = lambda _: 1.0  # pyright: ignore[reportAttributeAccessIssue]
+    augment = Augmentation(AugmentationConfig(scale=(0.2, 0.3)), (64, 64), (0, 0, 0))
+    losses = []
+    for photograph in sorted((camvid / "train").iterdir())[:120:4]:
+        image = decode_photograph(photograph.read_bytes())
+        label = decode_label((camvid / "trainannot" / f"{photograph.stem}.png").read_bytes()).copy()
+        label[label >= CLASSES] = 255  # sky, building, pole and road are enough
+        pairs = [augment(image, label, seed) for seed in range(4)]
+        images = torch.from_numpy(np.stack([image for image, _ in pairs])).float() / 127.5 - 1
+        losses.append(float(step(images, torch.from_numpy(np.stack([label for _, label in pairs])).long())))
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
