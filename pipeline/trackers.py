@@ -8,27 +8,34 @@ import math
 import os
 import queue
 import threading
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 from pipeline.errors import PipelineError
+from pipeline.redaction import redacted
 from pipeline.run_record import flat, identity
 
 PROJECT = "rssnet"  # among the experiments of a server, unless the tracker's own environment variable names another
 WAITING = 1000  # points that may wait for a slow server; what is more is lost
 CLOSING_SECONDS = 60.0  # that the end of a run waits for a server
 
-TrackerName = Literal["mlflow", "wandb"]
 
+def tracker_names(text: str | None) -> list[str]:
+    """The trackers of a list separated by commas.
 
-def require_trackers(names: Sequence[str]) -> None:
-    """Raise PipelineError for a tracker whose package is not installed."""
+    Raises:
+        PipelineError: for one that is not known, or whose package is not installed.
+    """
+    names = [name.strip() for name in text.split(",")] if text else []
     for name in names:
+        if name not in _CLIENTS:
+            raise PipelineError(f"The tracker {name!r} is not known: give some of {', '.join(_CLIENTS)}.")
         if importlib.util.find_spec(name) is None:
             raise PipelineError(f"trackers names {name}, which is not installed: pip install {name}, or leave it out.")
+    return names
 
 
-def start_tracker(name: TrackerName, config: Any, known: dict[str, str]) -> "Tracker":
+def start_tracker(name: str, config: Any, known: dict[str, str]) -> "Tracker":
     """The log of a training on a server, with the same curves where the server knows the run.
 
     Args:
@@ -37,9 +44,16 @@ def start_tracker(name: TrackerName, config: Any, known: dict[str, str]) -> "Tra
         known: by name, what the run is called on a server; what it is called now is put there.
 
     Raises:
-        Exception: the tracker's own, if the server cannot be reached.
+        PipelineError: if the server cannot be reached, or does not know who asks.
     """
-    client = {"mlflow": _MLflow, "wandb": _Wandb}[name](config.run, identity(config), known.get(name))
+    try:
+        client = _CLIENTS[name](config.run, identity(config), known.get(name))
+    except Exception as error:  # of whatever kind the tracker's own client has
+        reason = redacted(str(error).strip().partition("\n")[0])[:300] or type(error).__name__
+        raise PipelineError(
+            f"The tracker {name} cannot be started ({reason}): set what its documentation asks for in the environment, "
+            "or leave it out of trackers."
+        ) from error
     known[name] = client.run_id
     return Tracker(name, client)
 
@@ -127,7 +141,7 @@ class _Wandb:
             id=run_id,
             resume="allow",
             config=dict(config),
-            settings=wandb.Settings(silent=True),
+            settings=wandb.Settings(silent=True, console="off"),
         )
         self.run_id = self._run.id
 
@@ -140,3 +154,6 @@ class _Wandb:
 
 def _name(run: str) -> str:
     return run.rstrip("/").rpartition("/")[2]
+
+
+_CLIENTS: dict[str, Callable[[str, Mapping[str, Any], str | None], _Client]] = {"mlflow": _MLflow, "wandb": _Wandb}

@@ -191,7 +191,7 @@ class _Training:
         )
         curves = {"train/loss": loss, "train/lr": lr, "speed/images_per_second": rate, "speed/data_wait_share": waited}
         self.log.add(iteration, curves)
-        note = f"loss {loss:.3f}, lr {lr:.1e}, {rate:.1f} images/s, {100 * waited:.0f} % waiting for data"
+        note = f"loss {loss:.3f}, decoder lr {lr:.1e}, {rate:.1f} images/s, {100 * waited:.0f} % waiting for data"
         note += f", {_peak_memory(self.device) / 2**30:.1f} GB"
         if self.step.skipped:
             note += f", {self.step.skipped} steps skipped"

@@ -23,7 +23,7 @@ from pipeline.progress import Progress, Reporter, announce
 from pipeline.run_record import RunRecord, finished_record, record_run, refuse_other_work
 from pipeline.sample_stream import FEEDING_CPUS
 from pipeline.storage_errors import StorageOutage, explanation, patiently
-from pipeline.trackers import TrackerName, require_trackers
+from pipeline.trackers import tracker_names
 from pipeline.transforms import AugmentationConfig
 from rssnet import LossConfig, RSSNet, RSSNetConfig, RSSNetLoss, parameter_groups, poly_with_warmup
 
@@ -121,8 +121,8 @@ class TrainConfig:
         val_split: split to validate on.
         seed: of weights, order and augmentation.
         resources: what to ask the cluster for.
-        trackers: log to `mlflow` or `wandb` too, whose packages have to be installed; their own environment variables
-            say where the server is.
+        trackers: log to mlflow, wandb, or both, separated by commas, too. Their packages have to be installed; their
+            own environment variables say where the server is.
         new: start afresh, replacing what an earlier run left there.
     """
 
@@ -145,7 +145,7 @@ class TrainConfig:
     val_split: str = "val"
     seed: int = 0
     resources: ResourcesConfig = field(default_factory=ResourcesConfig, metadata={"identity": False})
-    trackers: tuple[TrackerName, ...] = field(default=(), metadata={"identity": False})
+    trackers: str | None = field(default=None, metadata={"identity": False})
     new: bool = field(default=False, metadata={"identity": False})
 
 
@@ -208,7 +208,7 @@ def completed(config: TrainConfig, data: SegmentationDataset) -> TrainConfig:
         )
     if config.resources.parallelism == "fsdp" and config.resources.channels_last:
         raise PipelineError("resources.channels_last is true, but shards (fsdp) have no such layout: leave it out.")
-    require_trackers(config.trackers)
+    tracker_names(config.trackers)
     if not 0 <= config.optimizer.ema_decay < 1:
         raise PipelineError(f"optimizer.ema_decay is {config.optimizer.ema_decay}: give 0 or more, and less than 1.")
     classes = len(data.classes)

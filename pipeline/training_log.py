@@ -14,7 +14,7 @@ from tensorboardX import SummaryWriter
 
 from pipeline import storage
 from pipeline.contact_sheet import contact_sheet, prediction_panels
-from pipeline.trackers import start_tracker
+from pipeline.trackers import start_tracker, tracker_names
 from pipeline.training import HISTORY_FILE, PICTURES_FOLDER, TENSORBOARD_FOLDER, TrainConfig
 from pipeline.uploads import Uploads
 from rssnet.classes import Classes
@@ -33,7 +33,7 @@ class RunLog:
         history: of the run; below `trackers` it remembers what the run is called on the servers.
 
     Raises:
-        Exception: a tracker's own, if its server cannot be reached now. Losing it later does not end a training.
+        PipelineError: if a tracker's server cannot be reached now. Losing it later does not end a training.
 
     Attributes:
         uploads: that whoever writes below the run's URL shares.
@@ -41,7 +41,7 @@ class RunLog:
 
     def __init__(self, config: TrainConfig, iteration: int, history: dict[str, Any]) -> None:
         self.run, self.uploads = config.run, Uploads()
-        self._trackers = [start_tracker(name, config, history["trackers"]) for name in config.trackers]
+        self._trackers = [start_tracker(name, config, history["trackers"]) for name in tracker_names(config.trackers)]
         self._folder = tempfile.TemporaryDirectory()
         self._tensorboard = SummaryWriter(self._folder.name, purge_step=iteration + 1)
 

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline import trackers
 from pipeline.errors import PipelineError
-from pipeline.trackers import Tracker, require_trackers, start_tracker
+from pipeline.trackers import Tracker, start_tracker, tracker_names
 from pipeline.training import TrainConfig
 
 CONFIG = TrainConfig("s3://data/set", "s3://runs/first", seed=7)
@@ -107,6 +107,16 @@ def test_a_server_that_fails_is_told_of_later_points() -> None:
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None if name == "wandb" else json.__spec__)
-    require_trackers(["mlflow"])
+    assert tracker_names(None) == []
+    assert tracker_names("mlflow") == ["mlflow"]
     with pytest.raises(PipelineError, match="wandb, which is not installed: pip install wandb"):
-        require_trackers(["mlflow", "wandb"])
+        tracker_names("mlflow, wandb")
+    with pytest.raises(PipelineError, match="'comet' is not known: give some of mlflow, wandb"):
+        tracker_names("comet")
+
+
+@pytest.mark.usefixtures("mlflow_store")
+def test_a_server_that_refuses_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "false")
+    with pytest.raises(PipelineError, match=r"The tracker mlflow cannot be started \(.*\): set what"):
+        start_tracker("mlflow", CONFIG, {})

@@ -20,7 +20,7 @@ from timm.utils.model_ema import ModelEmaV3
 
 from pipeline import storage
 from pipeline.errors import PipelineError, mendable_cause
-from pipeline.parallel_model import shard, whole_model
+from pipeline.parallel_model import Parallelism, shard, whole_model
 from pipeline.run_record import read_record
 from pipeline.train_step import TrainStep, mean_over_workers
 from pipeline.training import OptimizerConfig, ResourcesConfig, train
@@ -206,8 +206,11 @@ def test_two_workers_take_the_step_that_one_takes_on_the_joined_batch(parallelis
 
 
 @pytest.mark.heavy
-def test_two_workers_train_and_validate_every_image_once(scenes: str, tmp_path: Path) -> None:
-    resources = ResourcesConfig(workers=2, cpus_per_worker=0.5)
-    record = train(config_of(scenes, tmp_path, iterations=2, resources=resources))
-    assert record.counts == {"iterations": 2, "skipped": 0, "images": 12}
+@pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
+def test_two_workers_train_and_validate_every_image_once(scenes: str, tmp_path: Path, parallelism: Parallelism) -> None:
+    resources = ResourcesConfig(workers=2, cpus_per_worker=0.5, parallelism=parallelism)
+    record = train(config_of(scenes, tmp_path, resources=resources))
+    assert record.counts == {"iterations": 24, "skipped": 0, "images": 12}
     assert 0 <= record.results["aacc"] <= 1
+    assert RSSNet.from_pretrained(str(tmp_path / "model")).classes is not None
+    assert len(list((tmp_path / "checkpoints").glob("checkpoint_*/state.pt"))) == 2
