@@ -247,8 +247,9 @@ class _Training:
         """Validate on all workers, each its share; the sum of their confusion matrices is exact."""
         model = whole_model(self.model).eval()
         if self.world_size > 1:
-            for buffer in model.buffers():  # of batch norms, whose averages are each worker's own
-                torch.distributed.broadcast(buffer, 0)
+            for buffer in model.buffers():
+                if buffer.is_floating_point():  # such as the averages of batch norms, which are each worker's own
+                    torch.distributed.broadcast(buffer, 0)
         predictor = predictor_of(model, self.config.inference)
         rows = self.data.rows(self.config.val_split, COLUMNS, shard=(self.rank, self.world_size))
         matrix = confusion_matrix(predictor, rows, len(self.data.classes))
@@ -266,30 +267,22 @@ class _Training:
         self._keep_best(model)
 
     def _keep_best(self, model: RSSNet) -> None:
-        """Have the model uploaded if its validation is among the best, and those deleted that no longer are.
-
-        Also when a run goes on: an earlier process may have been killed before it had done so.
-        """
+        """Have the model uploaded if its validation is among the best, and those deleted that no longer are."""
         assert self.log is not None
-        best = {
-            f"{iteration:07}": iteration
-            for iteration in best_iterations(self.history["validation"], self.config.keep_best)
-        }
-        place = storage.join(self.config.run, BEST_FOLDER)
+        best = best_iterations(self.history["validation"], self.config.keep_best)
+        if self.step.iteration in best:
+            self._keep(model, f"{BEST_FOLDER}/{self.step.iteration:07}")
+        place, kept = storage.join(self.config.run, BEST_FOLDER), {f"{iteration:07}" for iteration in best}
 
-        def kept() -> set[str]:
-            paths = [found.url[len(place) :].strip("/") for found in storage.list_objects(place)]
-            return {path.partition("/")[0] for path in paths if path.endswith(f"/{MODEL_CONFIG}")}
+        def delete_others() -> None:
+            names = {found.url[len(place) :].strip("/").partition("/")[0] for found in storage.list_objects(place)}
+            for name in names - kept:
+                storage.delete(storage.join(place, name))
 
-        there = patiently(kept)
-        for name, iteration in best.items():
-            if iteration == self.step.iteration and name not in there:
-                self._keep(model, f"{BEST_FOLDER}/{name}")
-        for name in there - best.keys():
-            self.log.uploads.add(partial(storage.delete, storage.join(place, name)))
+        self.log.uploads.add(delete_others)
 
     def _keep_best_again(self) -> None:
-        """Of a run that goes on. All workers have to call this."""
+        """Of a run that goes on, of which an earlier process may have been killed too soon. All workers call this."""
         if self.step.iteration in best_iterations(self.history["validation"], self.config.keep_best):
             model = whole_model(self.model)
             if self.log is not None:
