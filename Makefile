@@ -21,7 +21,8 @@ demo: install
 test: install lint types
 	$(BIN)/python -m pytest
 
-# What takes too long for `make test`, and is not in it: the demo on CamVid, twice; what befalls clusters.
+# What takes too long for `make test`, and is not in it: the demo on CamVid, twice; what befalls clusters; the chain
+# from a shell, for `ray job submit` runs the same scripts.
 test-heavy: install
 	$(BIN)/python -m pytest -m heavy
 

@@ -54,6 +54,7 @@ def assert_chain_is_there(tiny: TinyChain, root: str) -> None:
         assert decode(row).shape == (row["height"], row["width"])
 
 
+@pytest.mark.heavy  # `ray job submit` runs the same scripts, and more
 def test_directly(tiny: TinyChain, run_script: Run) -> None:
     root = "s3://test/directly"
     for workflow, arguments in chain_commands(tiny, root).items():
