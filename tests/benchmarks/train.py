@@ -38,8 +38,8 @@ from tests.benchmarks.machine import describe, results_file
 from tests.pipeline.faulty_s3 import faulty_s3
 
 WARM = 10  # steps that do not count
-STEPS = 100  # that do
-CHECKPOINT_EVERY = 50
+STEPS = 60  # that do
+CHECKPOINT_EVERY = 30
 NEVER = 10**9
 
 
