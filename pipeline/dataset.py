@@ -3,7 +3,7 @@
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -145,13 +145,21 @@ class SegmentationDataset:
         """
         index, count = shard
         rows = self.split(name).rows
-        first, stop = index * rows // count, (index + 1) * rows // count
+        yield from self._rows_at(name, range(index * rows // count, (index + 1) * rows // count), columns)
+
+    def spread_rows(self, name: str, count: int, columns: Sequence[str] | None = None) -> Iterator[dict]:
+        """At most `count` rows of a split, evenly spread over it, as `rows` gives them."""
+        rows = self.split(name).rows
+        count = min(count, rows)
+        yield from self._rows_at(name, {index * rows // count for index in range(count)}, columns)
+
+    def _rows_at(self, name: str, positions: Container[int], columns: Sequence[str] | None) -> Iterator[dict]:
         position = 0
         for chunk in self.chunks(name):
-            begin, end = max(first - position, 0), min(stop - position, chunk.rows)
+            wanted = [row for row in range(chunk.rows) if position + row in positions]
             position += chunk.rows
-            if begin < end:
-                yield from chunk.read(columns).slice(begin, end - begin).to_pylist()
+            if wanted:
+                yield from chunk.read(columns).take(wanted).to_pylist()
 
     def arrow(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """The whole split as one Arrow table in memory."""

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any, cast
 
 import numpy as np
@@ -216,10 +215,8 @@ def _write_diagnostics(config: EvaluateConfig) -> str:
     """Measure, write the table and the plot, and return them in a few words. Runs as a task."""
     data = dataset.open(config.dataset)
     predictor = load_predictor(config.model, config.inference)
-    rows = data.split(config.split).rows
-    images = min(config.diagnostics, rows)
-    spread = data.rows(config.split, COLUMNS, shard=(0, rows // images))
-    table = diagnosed(predictor, islice(spread, images))
+    images = min(config.diagnostics, data.split(config.split).rows)
+    table = diagnosed(predictor, data.spread_rows(config.split, images, COLUMNS))
     document = {
         "model": config.model,
         "dataset": config.dataset,

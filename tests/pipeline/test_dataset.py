@@ -105,6 +105,13 @@ def test_shards_share_the_rows_out_evenly(url: str, count: int) -> None:
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
+def test_some_rows_are_spread_over_the_whole_split(url: str) -> None:
+    opened = dataset.open(url)
+    every = [row["image_id"] for row in opened.rows("train", ["image_id"])]
+    assert [row["image_id"] for row in opened.spread_rows("train", 3, ["image_id"])] == [every[0], every[15], every[30]]
+    assert [row["image_id"] for row in opened.spread_rows("train", 99, ["image_id"])] == every
+
+
 def test_chunks_are_the_row_groups_and_small_enough_to_shuffle(url: str) -> None:
     opened = dataset.open(url)
     chunks = opened.chunks("train")
