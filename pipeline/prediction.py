@@ -19,8 +19,9 @@ from pipeline.run_record import identity
 from rssnet import RSSNet
 from rssnet.classes import Classes
 from rssnet.inference import Predictor
+from rssnet.serialization import CLASSES, CONFIG, WEIGHTS
 
-_CONFIG, _CLASSES, _WEIGHTS, _INFERENCE = "config.json", "classes.json", "model.safetensors", "inference.json"
+_INFERENCE = "inference.json"
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def model_id(model_url: str, inference: InferenceConfig) -> str:
         PipelineError: if there is no model at `model_url`.
     """
     digest = hashlib.sha256()
-    for name in (_CONFIG, _CLASSES, _WEIGHTS):
+    for name in (CONFIG, CLASSES, WEIGHTS):
         digest.update(hashlib.sha256(_model_file(model_url, name)).digest())
     digest.update(json.dumps(identity(inference_of(model_url, inference)), sort_keys=True).encode())
     return digest.hexdigest()[:16]
@@ -93,9 +94,9 @@ def model_classes(model_url: str) -> Classes:
         PipelineError: if there is no model at `model_url`, or its classes cannot be understood.
     """
     try:
-        return Classes.from_json(_model_file(model_url, _CLASSES).decode())
+        return Classes.from_json(_model_file(model_url, CLASSES).decode())
     except ValueError as error:
-        raise PipelineError(f"The model at {model_url} has a broken {_CLASSES}: {error}") from error
+        raise PipelineError(f"The model at {model_url} has a broken {CLASSES}: {error}") from error
 
 
 def load_predictor(model_url: str, inference: InferenceConfig) -> Predictor:

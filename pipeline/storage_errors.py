@@ -15,12 +15,11 @@ _LONGEST_WAIT = 15.0  # seconds between two attempts
 # What pyarrow says of answers 5xx; s3fs makes of some of them "device or resource busy".
 _OVERLOADED = (
     "SLOW_DOWN",
-    "SERVICE_UNAVAILABLE",
+    "UNAVAILABLE",
     "INTERNAL_FAILURE",
     "THROTTLING",
     "HTTP status 50",
     "RequestTimeout",
-    "UNAVAILABLE",
 )
 
 T = TypeVar("T")
@@ -34,7 +33,7 @@ class StorageOutage(StorageError):
     """A store that cannot be reached, or asks for patience: the same call may succeed later."""
 
 
-def patiently(work: Callable[[], T], seconds: float | None = None) -> T:
+def patiently(work: Callable[[], T], seconds: float = OUTAGE_SECONDS) -> T:
     """What `work` returns; while it raises StorageOutage it is done again, with growing pauses.
 
     For work in the middle of a long job, which an outage of a few minutes must not end. What begins a job fails at
@@ -42,12 +41,12 @@ def patiently(work: Callable[[], T], seconds: float | None = None) -> T:
 
     Args:
         work: can be repeated.
-        seconds: after which the outage is raised; without it `OUTAGE_SECONDS`.
+        seconds: after which the outage is raised.
     """
     attempts = Retrying(
         retry=retry_if_exception_type(StorageOutage),
         wait=wait_random_exponential(multiplier=0.5, max=_LONGEST_WAIT),
-        stop=stop_after_delay(OUTAGE_SECONDS if seconds is None else seconds),
+        stop=stop_after_delay(seconds),
         reraise=True,
     )
     return attempts(work)

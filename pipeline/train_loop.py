@@ -37,9 +37,9 @@ from pipeline.transforms import Augmentation
 from rssnet import RSSNet
 from rssnet.losses import RSSNetLoss, alone, check_batch
 from rssnet.metrics import ConfusionMatrix
+from rssnet.serialization import CONFIG
 
 LOG_EVERY = 10
-MODEL_CONFIG = "config.json"
 SCORES = ("miou", "macc", "aacc")  # of a validation
 PLACEMENT_GROUP = "placement_group"  # among the reported metrics: its id
 
@@ -295,13 +295,13 @@ class _Training:
         with storage.explained(folder.name):
             model.save_pretrained(folder.name)
             write_inference(Path(folder.name), self.config.inference)
-            last = (Path(folder.name) / MODEL_CONFIG).read_bytes()
-            (Path(folder.name) / MODEL_CONFIG).unlink()
+            last = (Path(folder.name) / CONFIG).read_bytes()
+            (Path(folder.name) / CONFIG).unlink()
         place = storage.join(self.config.run, name)
 
         def upload() -> None:
             storage.upload_folder(Path(folder.name), place)
-            storage.write_bytes(storage.join(place, MODEL_CONFIG), last)
+            storage.write_bytes(storage.join(place, CONFIG), last)
             folder.cleanup()
 
         self.log.uploads.add(upload)
