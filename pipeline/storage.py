@@ -11,7 +11,9 @@ the cloud's identity.
 
 import contextlib
 import errno
+import fcntl
 import functools
+import hashlib
 import json
 import os
 import re
@@ -25,6 +27,7 @@ from typing import IO, Any
 
 import fsspec
 import pyarrow.fs as arrow_fs
+from fsspec.asyn import sync
 
 from pipeline.errors import PipelineError
 from pipeline.redaction import redacted
@@ -261,6 +264,114 @@ def stat(url: str) -> StoredObject:
     with explained(url, absence=False):
         info = _fsspec(scheme).info(path)
     return StoredObject(url=url, size=int(info["size"] or 0), version=_version(info))
+
+
+def move(source: str, target: str) -> None:
+    """Give an object another place in the same store, whole or not at all; something may be at `target`.
+
+    On an object store it is at both places for a moment, and then at `target` alone.
+
+    Raises:
+        FileNotFoundError: if there is no such object.
+        StorageError: if the store fails.
+    """
+    (scheme, path), (_, target_path) = split(source), split(target)
+    with explained(source, absence=False):
+        if scheme == "file":
+            Path(target_path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).replace(target_path)
+        else:
+            _fsspec(scheme).cp_file(path, target_path)
+            _fsspec(scheme).rm_file(path)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A small object that several processes may change, as it was read or written.
+
+    Args:
+        data: its bytes.
+        tag: by which the store knows this state of it from any other.
+    """
+
+    data: bytes
+    tag: str
+
+
+class Conflict(StorageError):
+    """Another process has changed a document in the meantime."""
+
+
+def read_document(url: str) -> Document | None:
+    """A document to be changed by `compare_and_swap`; None where there is none."""
+    scheme, path = split(url)
+    try:
+        with explained(url, absence=False):
+            if scheme == "s3":
+                bucket, _, key = path.partition("/")
+                answer = _fsspec(scheme).call_s3("get_object", Bucket=bucket, Key=key)
+                body: Any = sync(_fsspec(scheme).loop, answer["Body"].read)
+                return Document(body, answer["ETag"])
+            data = _fsspec(scheme).cat_file(path)
+    except FileNotFoundError:
+        return None
+    return Document(data, hashlib.sha256(data).hexdigest())
+
+
+def compare_and_swap(url: str, data: bytes, expected: Document | None) -> Document:
+    """Write a document if it is still as it was read, in one step of the store's.
+
+    On a local disk that step is made by a lock beside the file. `gs://` has none here: what another process writes in
+    the moment between looking and writing is lost.
+
+    Args:
+        data: what is written; must be unlike every earlier state, so that each has a tag of its own.
+        expected: what `read_document` or the last `compare_and_swap` returned; None if there is to be none yet.
+
+    Returns:
+        The document as it is now.
+
+    Raises:
+        Conflict: if it is not as expected any more.
+        StorageError: if the store fails.
+    """
+    scheme, path = split(url)
+    if scheme == "s3":
+        return _swapped_on_s3(url, data, expected)
+    with explained(url), _document_lock(path) if scheme == "file" else contextlib.nullcontext():
+        if read_document(url) != expected:
+            raise Conflict(f"{url} has been changed by another process.")
+        write_bytes(url, data)
+    return Document(data, hashlib.sha256(data).hexdigest())
+
+
+def _swapped_on_s3(url: str, data: bytes, expected: Document | None) -> Document:
+    bucket, _, key = split(url)[1].partition("/")
+    condition = {"IfNoneMatch": "*"} if expected is None else {"IfMatch": expected.tag}
+    with explained(url):
+        try:
+            answer = _fsspec("s3").call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
+        except OSError as error:
+            code = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code")
+            if code not in ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey"):
+                raise
+            now = read_document(url)
+            if (
+                now is None or now.data != data
+            ):  # else an earlier attempt of the client's has had no answer, but an effect
+                raise Conflict(f"{url} has been changed by another process.") from error
+            return now
+    return Document(data, answer["ETag"])
+
+
+@contextlib.contextmanager
+def _document_lock(path: str) -> Iterator[None]:
+    """Keep other processes of this disk from changing a document; the system frees it when the process ends."""
+    place = Path(path)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with place.with_name(f".{place.name}.lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def delete(url: str) -> None:
