@@ -14,10 +14,10 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 from PIL import Image
 
-from pipeline import storage
+from pipeline import mask_store, storage
 from pipeline.images import encode_png
+from pipeline.storage_errors import StorageError
 
-FOLDER = "masks"
 OK = "ok"
 PALETTE_CLASSES = 256  # what an 8-bit PNG can tell apart; masks of more classes are 16-bit grey
 
@@ -85,23 +85,32 @@ def decode(row: Mapping[str, Any]) -> np.ndarray:
 def open_masks(url: str) -> pads.Dataset:
     """The prediction rows at `url` as an Arrow dataset, which reads only the columns and files that are asked for.
 
-    A place that nothing was written to yet has no rows.
+    Its files are those of this moment; if a run replaces some before they are read, reading fails: open it again, or
+    use `read_masks`, which does. A place that nothing was written to yet has no rows.
     """
-    place = storage.join(storage.absolute(url), FOLDER)
-    filesystem, _ = storage.arrow_filesystem(place)
-    paths = [storage.split(item.url)[1] for item in storage.list_objects(place) if item.url.endswith(".parquet")]
+    url = storage.absolute(url)
+    filesystem, _ = storage.arrow_filesystem(url)
+    paths = [storage.split(file)[1] for file in mask_store.files(url)]
     return pads.dataset(paths, schema=PREDICTION_SCHEMA, filesystem=filesystem, format="parquet")
 
 
 def read_masks(url: str, filter: pc.Expression | None = None, columns: Sequence[str] | None = None) -> pa.Table:
-    """The prediction rows at `url`, in memory.
+    """The prediction rows at `url`, in memory, as they are between two changes: none missing and none twice.
 
     Args:
         url: the output place of a segmentation.
         filter: which rows, e.g. `pyarrow.compute.field("status") == "ok"`; all by default.
         columns: which columns of `PREDICTION_SCHEMA`; all by default.
+
+    Raises:
+        StorageError: if the store fails, or a run changes the rows faster than they can be read.
     """
-    return open_masks(url).to_table(filter=filter, columns=list(columns) if columns else None)
+    for _ in range(mask_store.SNAPSHOT_ATTEMPTS):
+        try:
+            return open_masks(url).to_table(filter=filter, columns=list(columns) if columns else None)
+        except FileNotFoundError:  # a file has been replaced since it was listed
+            continue
+    raise StorageError(f"{url} changes faster than it can be read: read it again when the run there has ended.")
 
 
 def overlay(image: np.ndarray, class_map: np.ndarray, palette: Sequence[RGB], alpha: float = 0.5) -> np.ndarray:

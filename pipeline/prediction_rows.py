@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from ray.data.block import Block
 
-from pipeline import masks, storage
+from pipeline import mask_store, masks, storage
 from pipeline.errors import PipelineError
 from pipeline.images import BadImage, decode_photograph
 from pipeline.parquet_sink import ParquetSink, Written
@@ -180,4 +180,4 @@ def _route(table: pa.Table) -> Iterator[tuple[str, pa.Table]]:
     replaced = pc.field("status").isin(TRIED_AGAIN)
     for part in (table.filter(~replaced), table.filter(replaced)):
         if part.num_rows:
-            yield masks.FOLDER, part.select(masks.PREDICTION_SCHEMA.names).cast(masks.PREDICTION_SCHEMA)
+            yield mask_store.FOLDER, part.select(masks.PREDICTION_SCHEMA.names).cast(masks.PREDICTION_SCHEMA)

@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from pipeline import charts, storage
 from pipeline.errors import PipelineError
-from pipeline.masks import FOLDER
+from pipeline.mask_store import FOLDER
 from pipeline.redaction import redacted
 from pipeline.report_pictures import Overlay, css_colour, legend, page_pictures
 from rssnet.classes import Classes

@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 import ray.data
 import torch
 
-from pipeline import masks, storage
+from pipeline import mask_store, masks, storage
 from pipeline.cluster import IO_TASK_CPUS, connected
 from pipeline.errors import PipelineError
 from pipeline.parquet_sink import file_name, write_table
@@ -128,7 +128,7 @@ def segment(config: SegmentConfig) -> RunRecord:
                 f"nothing new: all {len(listing.images)} images of {config.images} have their rows in {config.out}"
             )
             return finished
-    with record_run(config.out, WORKFLOW, config, inputs, [masks.FOLDER], keep=not config.new) as record:
+    with record_run(config.out, WORKFLOW, config, inputs, [mask_store.FOLDER], keep=not config.new) as record:
         storage.write_json(storage.join(config.out, TURN_FILE), {"run_id": record.run_id})
         rows = _Rows.of(config.out, model)  # only now: what another run wrote until it lost the turn is in it
         pending = _pending(listing, rows)
@@ -209,7 +209,7 @@ class _Rows:
         killed, has no row, which is how the next run knows that it is pending.
         """
         for name in self.replaced_files:
-            place = storage.join(self.url, masks.FOLDER, name)
+            place = storage.join(self.url, mask_store.FOLDER, name)
             filesystem, path = storage.arrow_filesystem(place)
             table = pq.read_table(path, filesystem=filesystem, schema=masks.PREDICTION_SCHEMA)
             elsewhere = [
@@ -219,7 +219,7 @@ class _Rows:
                 storage.delete(place)
                 kept = table.filter(pa.array(elsewhere))
                 if kept.num_rows:
-                    write_table(storage.join(self.url, masks.FOLDER, file_name(kept, masks.KEY)), kept)
+                    write_table(storage.join(self.url, mask_store.FOLDER, file_name(kept, masks.KEY)), kept)
 
 
 def _below(prefix: str, url: str) -> bool:

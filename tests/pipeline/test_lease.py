@@ -1,5 +1,6 @@
 """Of several runs that want a place one has it at a time, whatever is killed; and documents that many change."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -150,20 +151,16 @@ def test_the_lease_of_a_killed_run_is_taken_when_it_has_been_silent_for_long_eno
 
 def test_a_run_that_has_lost_its_lease_is_told(place):
     with Lease(place, "slow", seconds=0.4) as lease:
-        found = storage.read_document(storage.join(place, FILE_NAME))
-        taken = found.data.replace(b"slow", b"fast")
-        while True:
-            try:
-                storage.compare_and_swap(storage.join(place, FILE_NAME), taken, found)
-                break
-            except Conflict:
-                found = storage.read_document(storage.join(place, FILE_NAME))
+        url, taken = storage.join(place, FILE_NAME), None
+        while taken is None:
+            found = storage.read_document(url)
+            assert found is not None
+            with contextlib.suppress(Conflict):  # a renewal came in between
+                taken = storage.compare_and_swap(url, found.data.replace(b"slow", b"fast"), found)
         time.sleep(0.4)
         with pytest.raises(LostLease, match=r"run fast .* has taken it\), so it stops: run the same command again"):
             lease.require()
-    document = storage.read_document(storage.join(place, FILE_NAME))
-    assert document is not None
-    assert document.data == taken  # it is the other's: not given back
+    assert storage.read_document(url) == taken  # it is the other's: not given back
 
 
 def test_a_store_that_is_away_for_too_long_loses_the_lease(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
 
-from pipeline import masks, storage
+from pipeline import mask_store, masks, storage
 from pipeline.parquet_sink import write_table
 from rssnet.classes import Classes
 
@@ -27,7 +27,7 @@ def _row(uri: str, mask: bytes | None = None, **values: object) -> dict[str, obj
 
 def _write(url: str, *rows: dict[str, object]) -> None:
     table = pa.Table.from_pylist(list(rows), schema=masks.PREDICTION_SCHEMA)
-    write_table(storage.join(url, masks.FOLDER, f"part-{table.num_rows}.parquet"), table)
+    write_table(storage.join(url, mask_store.FOLDER, f"part-{table.num_rows}.parquet"), table)
 
 
 @pytest.mark.parametrize(("palette", "dtype"), [(PALETTE, np.uint8), (MANY, np.uint16)])
@@ -83,7 +83,7 @@ def test_a_place_without_masks_has_no_rows(tmp_path):
 
 def test_a_file_that_is_still_being_written_is_not_read(tmp_path):
     _write(str(tmp_path), _row("a.jpg"))
-    (tmp_path / masks.FOLDER / ".half.parquet").write_bytes(b"PAR1")
+    (tmp_path / mask_store.FOLDER / ".half.parquet").write_bytes(b"PAR1")
     assert masks.read_masks(str(tmp_path)).num_rows == 1
 
 

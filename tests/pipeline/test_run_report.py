@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline import masks, storage
+from pipeline import mask_store, masks, storage
 from pipeline.images import encode_png
 from pipeline.parquet_sink import write_table
 from pipeline.run_report import OVERLAYS, overlays
@@ -33,7 +33,7 @@ def _segmented(url: str, paths: list[Path], model_id: str, class_id: int, status
         for path in paths
     ]
     file = f"part-{model_id}-{class_id}-{status}.parquet"
-    write_table(storage.join(url, masks.FOLDER, file), pa.Table.from_pylist(rows, schema=masks.PREDICTION_SCHEMA))
+    write_table(storage.join(url, mask_store.FOLDER, file), pa.Table.from_pylist(rows, schema=masks.PREDICTION_SCHEMA))
 
 
 def test_they_are_spread_evenly_over_what_this_model_has_segmented(photographs: list[Path], tmp_path: Path) -> None:

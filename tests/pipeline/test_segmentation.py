@@ -22,7 +22,7 @@ import ray
 import torch
 from PIL import Image
 
-from pipeline import masks, prediction_rows, segmentation, storage
+from pipeline import mask_store, masks, prediction_rows, segmentation, storage
 from pipeline.errors import PipelineError
 from pipeline.images import decode_photograph
 from pipeline.parquet_sink import write_table
@@ -76,7 +76,7 @@ def _rows(url: str) -> dict[str, dict]:
 
 
 def _files(url: str) -> set[tuple[str, str]]:
-    return {(item.url, item.version) for item in storage.list_objects(storage.join(url, masks.FOLDER))}
+    return {(item.url, item.version) for item in storage.list_objects(storage.join(url, mask_store.FOLDER))}
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +294,7 @@ def test_another_model_adds_rows_and_a_fresh_start_leaves_only_its_own(tiny_mode
         for item in storage.list_objects(str(images))
     ]
     earlier = pa.Table.from_pylist(of_other_model, schema=masks.PREDICTION_SCHEMA)
-    write_table(storage.join(out, masks.FOLDER, "part-earlier.parquet"), earlier)
+    write_table(storage.join(out, mask_store.FOLDER, "part-earlier.parquet"), earlier)
 
     config = _config(tiny_model, str(images), out, exclude=("*/c.png",), inference=InferenceConfig(flip=True))
     segment(config)
@@ -365,10 +365,10 @@ def test_a_run_that_is_overtaken_while_it_writes_takes_its_rows_away(tmp_path):
 
     def taken_meanwhile(table: pa.Table) -> Iterator[tuple[str, pa.Table]]:
         storage.write_json(turn, {"run_id": "later"})
-        yield masks.FOLDER, table
+        yield mask_store.FOLDER, table
 
     with Progress("segment", 1, "images") as progress:
-        write_table(storage.join(url, masks.FOLDER, "part-before.parquet"), _written(model_id="before"))
+        write_table(storage.join(url, mask_store.FOLDER, "part-before.parquet"), _written(model_id="before"))
         sink = MaskSink(url, "earlier", progress.reporter)
         sink.route = taken_meanwhile
         with pytest.raises(PipelineError, match="Another run, later, has begun"):

@@ -1,0 +1,201 @@
+"""The files of rows at an output, and how they change: in transactions, each decided by one conditional write.
+
+What is new is staged below `_work/`, where no reader looks. A transaction says which files of `masks/` go and which
+staged ones come; writing it down in `transaction.json` is the moment at which all of it happens, for those who read
+with `pipeline.masks`. Then it is carried out: files are deleted, and staged ones moved to their names. Whoever reads
+the folder alone, as DuckDB or Spark do, may for that short time miss rows, but never sees one twice. A run that is
+killed in between leaves a transaction that the next one carries out before it does anything else.
+
+A run that has lost its lease without noticing cannot write another transaction, for the next run has changed the
+document. One that was asleep while it carried out its own finds nothing left to move, and deletes names that are never
+used again. The gap that remains: a copy that a store was asked for, and makes only after another run has carried out
+the same transaction and has taken the file away again.
+
+Knows no Ray and no model.
+"""
+
+import json
+import uuid
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+
+from pipeline import storage
+from pipeline.errors import PipelineError
+from pipeline.storage import Conflict, Document
+from pipeline.storage_errors import StorageError, patiently
+
+FOLDER = "masks"
+WORK_FOLDER = "_work"  # what runs stage; nothing of a run that has ended
+TRANSACTION_FILE = "transaction.json"
+SNAPSHOT_ATTEMPTS = 20
+_TOGETHER = 16  # files that are moved or deleted at a time
+
+
+class Overtaken(PipelineError):
+    """Another run has changed the output in the meantime."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """A staged file and its name, both below the output."""
+
+    staged: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Transaction:
+    """A change of an output.
+
+    Args:
+        remove: files that go, by their names below the output.
+        add: files that come.
+        number: of changes so far.
+        nonce: makes each state of the document unlike all others.
+        is_done: whether it has been carried out.
+    """
+
+    remove: list[str] = field(default_factory=list)
+    add: list[Move] = field(default_factory=list)
+    number: int = 0
+    nonce: str = ""
+    is_done: bool = True
+
+    @classmethod
+    def of(cls, url: str, document: Document | None) -> "Transaction":
+        """The last one at an output; of an output without any, one that has nothing to do.
+
+        Raises:
+            StorageError: if the document cannot be understood.
+        """
+        if document is None:
+            return cls()
+        try:
+            content = json.loads(document.data)
+            return cls(**{**content, "add": [Move(**move) for move in content["add"]]})
+        except (ValueError, TypeError, KeyError) as error:
+            raise StorageError(
+                f"{_place(url)} cannot be understood ({error}): restore it, or delete it if no run was killed here."
+            ) from error
+
+    def encoded(self) -> bytes:
+        """As it is stored."""
+        return (json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def staged_place(run_id: str) -> str:
+    """A new name for a file that a run stages, below the output."""
+    return f"{WORK_FOLDER}/{run_id}/{uuid.uuid4().hex}.parquet"
+
+
+def files(url: str) -> list[str]:
+    """The full URLs of the files of rows at an output, as they are between two transactions.
+
+    Raises:
+        StorageError: if the store fails, or transactions follow each other faster than the output can be listed.
+    """
+    url = storage.absolute(url)
+    for _ in range(SNAPSHOT_ATTEMPTS):
+        before = storage.read_document(_place(url))
+        names = [item.url for item in storage.list_objects(storage.join(url, FOLDER)) if item.url.endswith(".parquet")]
+        if storage.read_document(_place(url)) == before:
+            return _with_change(url, names, Transaction.of(url, before))
+    raise StorageError(f"{url} changes faster than it can be listed: read it again when the run there has ended.")
+
+
+def _with_change(url: str, names: list[str], change: Transaction) -> list[str]:
+    """The listed files, and of a transaction that is still being carried out what it makes of them."""
+    if change.is_done:
+        return names
+    listed = set(names) - {storage.join(url, name) for name in change.remove}
+    for move in change.add:
+        if move.name.startswith(f"{FOLDER}/") and storage.join(url, move.name) not in listed:
+            listed.add(storage.join(url, move.staged))
+    return sorted(listed)
+
+
+class MaskStore:
+    """The one writer of an output. Entering the lease of the output comes first.
+
+    Args:
+        url: the output.
+        run_id: of the run that writes.
+    """
+
+    def __init__(self, url: str, run_id: str) -> None:
+        self.url, self.run_id = url, run_id
+        self._document = storage.read_document(_place(url))
+
+    def recover(self) -> None:
+        """Carry out what a killed run has decided, and delete what killed runs have staged. Called once, at first.
+
+        From here on no earlier run can change the output any more.
+        """
+        last = Transaction.of(self.url, self._document)
+        if last.is_done:
+            self._write(Transaction(number=last.number, nonce=uuid.uuid4().hex))
+        else:
+            self._carry_out(last)
+        storage.delete(storage.join(self.url, WORK_FOLDER))
+
+    def commit(self, add: Iterable[Move] = (), remove: Sequence[str] = ()) -> None:
+        """Change the output.
+
+        Args:
+            add: what is staged, and the new names, which have never been used.
+            remove: files below the output.
+
+        Raises:
+            Overtaken: if another run has changed it since; then nothing has happened.
+        """
+        last = Transaction.of(self.url, self._document)
+        change = Transaction(list(remove), list(add), last.number + 1, uuid.uuid4().hex, is_done=False)
+        if change.add or change.remove:
+            self._write(change)
+            self._carry_out(change)
+
+    def end(self) -> None:
+        """Delete what this run has staged and not committed."""
+        storage.delete(storage.join(self.url, WORK_FOLDER, self.run_id))
+
+    def _carry_out(self, change: Transaction) -> None:
+        with ThreadPoolExecutor(_TOGETHER) as pool:
+            # First what goes: a reader of the folder alone is to miss a row rather than to see it twice.
+            list(pool.map(self._remove, change.remove))
+            list(pool.map(self._move, change.add))
+        self._write(Transaction(number=change.number, nonce=uuid.uuid4().hex))
+
+    def _remove(self, name: str) -> None:
+        patiently(lambda: storage.delete(storage.join(self.url, name)))
+
+    def _move(self, move: Move) -> None:
+        staged, target = storage.join(self.url, move.staged), storage.join(self.url, move.name)
+
+        def moved() -> None:
+            try:
+                storage.move(staged, target)
+            except FileNotFoundError as error:
+                if not storage.exists(target):  # else an attempt before this one has moved it
+                    raise StorageError(f"{staged} is gone before it was moved to {target}: run again.") from error
+
+        patiently(moved)
+
+    def _write(self, change: Transaction) -> None:
+        def written() -> Document:
+            try:
+                return storage.compare_and_swap(_place(self.url), change.encoded(), self._document)
+            except Conflict as error:
+                found = storage.read_document(_place(self.url))
+                if found is not None and found.data == change.encoded():
+                    return found  # an attempt before this one has had no answer, but effect
+                raise Overtaken(
+                    f"Another run has changed {self.url} since this one began, so this one stops: run the same "
+                    "command again, and it goes on with what is missing."
+                ) from error
+
+        self._document = patiently(written)
+
+
+def _place(url: str) -> str:
+    return storage.join(url, TRANSACTION_FILE)
