@@ -18,7 +18,9 @@ import json
 import uuid
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
+from types import TracebackType
 
 from pipeline import storage
 from pipeline.errors import PipelineError
@@ -28,6 +30,7 @@ from pipeline.storage_errors import StorageError, patiently
 FOLDER = "masks"
 WORK_FOLDER = "_work"  # what runs stage; nothing of a run that has ended
 TRANSACTION_FILE = "transaction.json"
+STANDING, TRIED_AGAIN = "part", "again"  # names of files: of rows that stand, and of those that a run replaces
 SNAPSHOT_ATTEMPTS = 20
 _TOGETHER = 16  # files that are moved or deleted at a time
 
@@ -84,9 +87,14 @@ class Transaction:
         return (json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def staged_place(run_id: str) -> str:
-    """A new name for a file that a run stages, below the output."""
-    return f"{WORK_FOLDER}/{run_id}/{uuid.uuid4().hex}.parquet"
+def staged(run_id: str, name: str) -> Move:
+    """The place where a run stages a file of rows, and the name that it gets: new ones each time.
+
+    Args:
+        name: of a kind of files, which the file's name begins with.
+    """
+    unique = uuid.uuid4().hex
+    return Move(f"{WORK_FOLDER}/{run_id}/{unique}.parquet", f"{FOLDER}/{name}-{unique}.parquet")
 
 
 def files(url: str) -> list[str]:
@@ -115,8 +123,11 @@ def _with_change(url: str, names: list[str], change: Transaction) -> list[str]:
     return sorted(listed)
 
 
-class MaskStore:
-    """The one writer of an output. Entering the lease of the output comes first.
+class MaskStore(AbstractContextManager["MaskStore"]):
+    """The one writer of an output, for the time of a `with` block. Entering the lease of the output comes first.
+
+    At the beginning what a killed run has decided is carried out, and what killed runs have staged is deleted; from
+    then on no earlier run can change the output any more. At the end what was staged and not committed is deleted.
 
     Args:
         url: the output.
@@ -125,19 +136,24 @@ class MaskStore:
 
     def __init__(self, url: str, run_id: str) -> None:
         self.url, self.run_id = url, run_id
-        self._document = storage.read_document(_place(url))
+        self.work = storage.join(url, WORK_FOLDER, run_id)  # where this run stages
 
-    def recover(self) -> None:
-        """Carry out what a killed run has decided, and delete what killed runs have staged. Called once, at first.
-
-        From here on no earlier run can change the output any more.
-        """
+    def __enter__(self) -> "MaskStore":
+        self._document = storage.read_document(_place(self.url))
         last = Transaction.of(self.url, self._document)
         if last.is_done:
             self._write(Transaction(number=last.number, nonce=uuid.uuid4().hex))
         else:
             self._carry_out(last)
         storage.delete(storage.join(self.url, WORK_FOLDER))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # What stays is deleted by the next run; what ended the block matters more.
+        with suppress(StorageError) if error else nullcontext():
+            storage.delete(self.work)
 
     def commit(self, add: Iterable[Move] = (), remove: Sequence[str] = ()) -> None:
         """Change the output.
@@ -154,10 +170,6 @@ class MaskStore:
         if change.add or change.remove:
             self._write(change)
             self._carry_out(change)
-
-    def end(self) -> None:
-        """Delete what this run has staged and not committed."""
-        storage.delete(storage.join(self.url, WORK_FOLDER, self.run_id))
 
     def _carry_out(self, change: Transaction) -> None:
         with ThreadPoolExecutor(_TOGETHER) as pool:

@@ -124,7 +124,7 @@ def refuse_other_work(url: str, workflow: str, config: Any, inputs: dict[str, st
     record = read_record(url)
     if record is None:
         return
-    _refuse_other_workflow(url, record, workflow)
+    _require_workflow(url, record, workflow)
     changed = differences(record, config, inputs)
     if changed and (resumes or record.outcome == "done"):
         raise OtherWork(
@@ -133,30 +133,45 @@ def refuse_other_work(url: str, workflow: str, config: Any, inputs: dict[str, st
         )
 
 
-def _refuse_other_workflow(url: str, record: RunRecord, workflow: str) -> None:
+def refuse_other_workflow(url: str, workflow: str) -> None:
+    """Raise PipelineError if `url` holds the output of another workflow, which nothing here may replace."""
+    record = read_record(url)
+    if record:
+        _require_workflow(url, record, workflow)
+
+
+def _require_workflow(url: str, record: RunRecord, workflow: str) -> None:
     if record.workflow != workflow:
         raise PipelineError(f"{url} holds the output of {record.workflow}, not of {workflow}: choose another place.")
 
 
 @contextmanager
 def record_run(
-    url: str, workflow: str, config: Any, inputs: dict[str, str], outputs: list[str], keep: bool = True
+    url: str,
+    workflow: str,
+    config: Any,
+    inputs: dict[str, str],
+    outputs: list[str],
+    keep: bool = True,
+    run_id: str | None = None,
 ) -> Iterator[RunRecord]:
     """Do the work of a `with` block under a record at `url`: `running` first, at the end `done` or `failed`.
 
     Args:
         outputs: what the block will write below `url`.
         keep: leave what an earlier run of the same work wrote, to go on from it; else delete those outputs first.
+        run_id: of a run that has one already.
 
     Raises:
         PipelineError: if another workflow's output is there, which nothing here may replace.
     """
     earlier = read_record(url)
     if earlier:
-        _refuse_other_workflow(url, earlier, workflow)
+        _require_workflow(url, earlier, workflow)
     # Until it is deleted, what an earlier run left belongs to this record, so that no kill can leave it without one.
     owned = outputs + [output for output in (earlier.outputs if earlier else []) if output not in outputs]
     record = RunRecord(workflow, identity(config), inputs, owned, versions=versions(), started=_now())
+    record.run_id = run_id or record.run_id
     begun = time.monotonic()
     _write(url, record)
     try:

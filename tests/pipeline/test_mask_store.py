@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import mask_store, masks, storage
-from pipeline.mask_store import MaskStore, Move, Overtaken, staged_place
+from pipeline.mask_store import MaskStore, Move, Overtaken, staged
 from pipeline.parquet_sink import write_table
 from pipeline.storage_errors import StorageError
 
@@ -25,7 +25,7 @@ def _table(*names: str) -> pa.Table:
 
 
 def _staged(store: MaskStore, *names: str, file: str = "") -> Move:
-    place = staged_place(store.run_id)
+    place = staged(store.run_id, "part").staged
     write_table(storage.join(store.url, place), _table(*names))
     return Move(place, f"{mask_store.FOLDER}/{file or '-'.join(names)}.parquet")
 
@@ -42,9 +42,7 @@ def _rows_of_the_folder(url: str) -> list[str]:
 
 
 def _begun(url: str, run_id: str) -> MaskStore:
-    store = MaskStore(url, run_id)
-    store.recover()
-    return store
+    return MaskStore(url, run_id).__enter__()
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -62,7 +60,7 @@ def test_what_is_staged_is_seen_once_it_is_committed(place):
     assert _rows(place) == ["c"]
     store.commit()
     _staged(store, "d")
-    store.end()
+    store.__exit__(None, None, None)
     assert _rows(place) == ["c"]
     assert not list(storage.list_objects(storage.join(place, mask_store.WORK_FOLDER)))
 
@@ -205,10 +203,10 @@ def test_a_listing_that_a_change_ran_through_is_made_again(tmp_path, monkeypatch
 def test_a_staged_file_that_is_gone_is_no_silent_loss(tmp_path):
     store = _begun(str(tmp_path), "run")
     with pytest.raises(StorageError, match="is gone before it was moved"):
-        store.commit(add=[Move(staged_place("run"), "masks/a.parquet")])
+        store.commit(add=[staged("run", "part")])
 
 
 def test_a_document_that_nobody_can_read_is_named(tmp_path):
     (tmp_path / mask_store.TRANSACTION_FILE).write_text("{")
     with pytest.raises(StorageError, match=r"transaction.json cannot be understood .*: restore it"):
-        MaskStore(str(tmp_path), "run").recover()
+        MaskStore(str(tmp_path), "run").__enter__()

@@ -1,0 +1,328 @@
+"""The images of a source beside the rows of an output: which are to be segmented, and which rows have had their time.
+
+Both are listed by tasks on the cluster, divided by a hash of the image's URI, and compared partition by partition. The
+driver holds references, counts, and the names of files, whatever the number of images; a partition is what a task holds
+in memory.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+import ray
+from ray import ObjectRef
+
+from pipeline import image_sources, mask_store, storage
+from pipeline.cluster import IO_TASK_CPUS
+from pipeline.image_sources import LISTED, ImageSource, Part
+from pipeline.masks import OK, PREDICTION_SCHEMA
+from pipeline.parquet_sink import write_table
+from pipeline.prediction_rows import TRIED_AGAIN
+from pipeline.storage_errors import StorageOutage
+
+PARTITION_ROWS = 250_000  # images or rows, about 40 MB
+PENDING_ROWS = 2048  # in a file of images to be segmented
+_FILES_TOGETHER = 64  # of rows, that a task looks into
+
+ROW_KEYS = pa.schema(
+    [
+        *(PREDICTION_SCHEMA.field(name) for name in ("image_uri", "version", "model_id", "status")),
+        ("file", pa.string()),  # that the row stands in, below the output
+    ]
+)
+
+
+@dataclass(frozen=True)
+class PendingFile:
+    """Images that are to be segmented, stored as rows of `LISTED`."""
+
+    url: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What a run has to do.
+
+    Args:
+        listed: images of the source.
+        others: objects of the source that are passed over.
+        listed_twice: images that a manifest names once more.
+        fingerprint: of the images and their versions, in any order.
+        files: of the images without a row that stands.
+        outdated: rows that a new attempt replaces.
+        masked: rows of this model, of whatever images, that have a mask.
+    """
+
+    listed: int
+    others: int
+    listed_twice: int
+    fingerprint: str
+    files: list[PendingFile]
+    outdated: "Rows"
+    masked: int
+
+    @property
+    def images(self) -> int:
+        """How many are to be segmented."""
+        return sum(file.rows for file in self.files)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of an output: references to tables of `ROW_KEYS` on the cluster, and the files that they stand in."""
+
+    tables: list[ObjectRef]
+    files: list[str]
+    count: int
+
+    @classmethod
+    def of(cls, found: Iterable[tuple[ObjectRef, "_Found"]]) -> "Rows":
+        """Of what the tasks of all partitions have found."""
+        found = [(table, summary) for table, summary in found if summary.count]
+        files = sorted({file for _, summary in found for file in summary.files})
+        return cls([table for table, _ in found], files, sum(summary.count for _, summary in found))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the driver is told of a table of rows."""
+
+    files: list[str]
+    count: int
+
+    @classmethod
+    def of(cls, rows: pa.Table) -> "_Found":
+        return cls(rows["file"].unique().to_pylist(), rows.num_rows)
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """What the driver is told of a partition of images."""
+
+    listed: int
+    listed_twice: int
+    fingerprint: int
+    files: list[PendingFile]
+    masked: int
+
+
+class Census:
+    """The images of a source, and the rows at an output, divided into the same partitions.
+
+    Args:
+        parts: of the source.
+        url: the output.
+        model: id of the model whose rows are looked at; None for all rows.
+
+    Raises:
+        PipelineError: if the source cannot be listed.
+    """
+
+    def __init__(self, parts: Sequence[Part], url: str, model: str | None) -> None:
+        images, self.others = _gathered([_listed.remote(part) for part in parts])
+        rows, _ = _gathered(_row_tasks(url, model))
+        self.partitions = max(1, math.ceil(max(_total(images), _total(rows)) / PARTITION_ROWS))
+        self._images = _divided(images, self.partitions)
+        self._rows = _divided(rows, self.partitions)
+
+    def pending(self, folder: str) -> Pending:
+        """Compare, and store what is to be segmented below the URL `folder`.
+
+        Images are there in the order of their containers, so that what lies together is read together.
+        """
+        compared = [
+            _compared.options(num_returns=3).remote(images, rows, storage.join(folder, f"pending-{number:05}"))
+            for number, (images, rows) in enumerate(zip(self._images, self._rows, strict=True))
+        ]
+        found: list[_Compared] = ray.get([summary for summary, _, _ in compared])
+        outdated = ray.get([outdated for _, outdated, _ in compared])
+        return Pending(
+            listed=sum(part.listed for part in found),
+            others=self.others,
+            listed_twice=sum(part.listed_twice for part in found),
+            fingerprint=f"{sum(part.fingerprint for part in found) % 2**64:016x}",
+            files=[file for part in found for file in part.files],
+            outdated=Rows.of(zip([table for _, _, table in compared], outdated, strict=True)),
+            masked=sum(part.masked for part in found),
+        )
+
+    def gone(self, source: ImageSource) -> Rows:
+        """Rows of images that are no longer there, or no longer in this version, of all that the source covers."""
+        return self._found(_gone, source)
+
+    def superseded(self, model: str) -> Rows:
+        """Rows of other models, of the listed images that have a row of this model which stands."""
+        return self._found(_superseded, model)
+
+    def _found(self, task: Any, argument: Any) -> Rows:
+        """What a task finds in each partition."""
+        pairs = zip(self._images, self._rows, strict=True)
+        found = [task.options(num_returns=2).remote(images, rows, argument) for images, rows in pairs]
+        summaries: list[_Found] = ray.get([summary for _, summary in found])
+        return Rows.of(zip([table for table, _ in found], summaries, strict=True))
+
+
+@dataclass(frozen=True)
+class _Table:
+    reference: ObjectRef
+    rows: int
+
+
+def _gathered(generators: Sequence[Any]) -> tuple[list[_Table], int]:
+    """References to all tables that some tasks yield, each after two counts: its rows, and what was passed over."""
+    tables, others = [], 0
+    for generator in generators:
+        for counts in generator:
+            rows, passed_over = ray.get(counts)
+            tables.append(_Table(next(generator), rows))
+            others += passed_over
+    return tables, others
+
+
+def _total(tables: Iterable[_Table]) -> int:
+    return sum(table.rows for table in tables)
+
+
+def _divided(tables: list[_Table], partitions: int) -> list[list[ObjectRef]]:
+    """The parts of some tables for each partition."""
+    if partitions == 1:
+        return [[table.reference for table in tables]]
+    divided = [
+        _split.options(num_returns=partitions).remote(partitions, *(table.reference for table in together))
+        for together in _together(tables)
+    ]
+    return [list(parts) for parts in zip(*divided, strict=True)] if divided else [[] for _ in range(partitions)]
+
+
+def _together(tables: list[_Table]) -> Iterator[list[_Table]]:
+    """Tables in groups of about a partition's rows."""
+    group: list[_Table] = []
+    for table in tables:
+        group.append(table)
+        if _total(group) >= PARTITION_ROWS:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+_task: Any = ray.remote(num_cpus=IO_TASK_CPUS, max_retries=3, retry_exceptions=[StorageOutage])
+
+
+@_task
+def _split(partitions: int, *tables: pa.Table) -> list[pa.Table]:
+    table = pa.concat_tables(tables)
+    places = _hashes(table["image_uri"]) % np.uint64(partitions)
+    return [table.filter(pa.array(places == number)) for number in range(partitions)]
+
+
+def _hashes(strings: pa.ChunkedArray) -> np.ndarray:
+    """A number from 0 to 2**64 for each string, the same on all machines."""
+    values = np.asarray(strings.to_pylist(), dtype=object)
+    return pd.util.hash_array(values, categorize=False) if len(values) else np.empty(0, np.uint64)
+
+
+@_task
+def _listed(part: Part) -> Iterator[Any]:
+    """Tables of the images of a part, each after the number of its rows and of what was passed over."""
+    waiting: list[pa.Table] = []
+    others = 0
+    for listed in image_sources.list_part(part):
+        waiting.append(listed.table)
+        others += listed.others
+        if sum(table.num_rows for table in waiting) >= PARTITION_ROWS:
+            yield from _counted(waiting, LISTED, others)
+            waiting, others = [], 0
+    yield from _counted(waiting, LISTED, others)
+
+
+def _counted(tables: list[pa.Table], schema: pa.Schema, others: int = 0) -> Iterator[Any]:
+    table = pa.concat_tables([schema.empty_table(), *tables]).combine_chunks()
+    yield table.num_rows, others
+    yield table
+
+
+def _row_tasks(url: str, model: str | None) -> list[Any]:
+    files = mask_store.files(url)
+    return [
+        _keys.remote(url, files[start : start + _FILES_TOGETHER], model)
+        for start in range(0, len(files), _FILES_TOGETHER)
+    ]
+
+
+@_task
+def _keys(url: str, files: list[str], model: str | None) -> Iterator[Any]:
+    """The keys of the rows in some files, in one table, after the number of them."""
+    with storage.explained(url):
+        filesystem, root = storage.arrow_filesystem(url)
+        dataset = pads.dataset(
+            [storage.split(file)[1] for file in files],
+            schema=PREDICTION_SCHEMA,
+            filesystem=filesystem,
+            format="parquet",
+        )
+        columns = {name: pc.field(name) for name in ROW_KEYS.names[:-1]} | {"file": pc.field("__filename")}
+        found = dataset.to_table(columns=columns, filter=None if model is None else pc.field("model_id") == model)
+    file = pc.utf8_slice_codeunits(found["file"], len(root.rstrip("/")) + 1)
+    yield from _counted([found.set_column(len(ROW_KEYS) - 1, "file", file).cast(ROW_KEYS)], ROW_KEYS)
+
+
+@_task
+def _compared(images: list[ObjectRef], rows: list[ObjectRef], place: str) -> tuple[_Compared, _Found, pa.Table]:
+    listed, present = _joined(images, LISTED), _joined(rows, ROW_KEYS)
+    first = _without_repetition(listed)
+    again = pc.field("status").isin(TRIED_AGAIN)
+    standing = present.filter(~again).select(["image_uri", "version"])
+    pending = first.join(standing, ["image_uri", "version"], join_type="left anti")
+    pending = pending.sort_by([(name, "ascending") for name in ("container", "offset", "image_uri")])
+    files = []
+    for start in range(0, pending.num_rows, PENDING_ROWS):
+        some = pending.slice(start, PENDING_ROWS)
+        files.append(PendingFile(f"{place}-{start // PENDING_ROWS:05}.parquet", some.num_rows))
+        write_table(files[-1].url, some.select(LISTED.names).cast(LISTED))
+    outdated = present.filter(again).join(first.select(["image_uri"]), "image_uri", join_type="left semi")
+    outdated = outdated.select(ROW_KEYS.names).cast(ROW_KEYS)
+    # By addition, so that neither the order nor the number of partitions changes it.
+    both = _hashes(first["image_uri"]) * np.uint64(31) + _hashes(first["version"])
+    fingerprint = int(both.sum(dtype=np.uint64))
+    masked = pc.sum(pc.equal(present["status"], OK)).as_py() or 0
+    summary = _Compared(first.num_rows, listed.num_rows - first.num_rows, fingerprint, files, masked)
+    return summary, _Found.of(outdated), outdated
+
+
+@_task
+def _gone(images: list[ObjectRef], rows: list[ObjectRef], source: ImageSource) -> tuple[pa.Table, _Found]:
+    listed, present = _joined(images, LISTED), _joined(rows, ROW_KEYS)
+    covered = pa.array([source.covers(uri) for uri in present["image_uri"].to_pylist()], pa.bool_())
+    keys = ["image_uri", "version"]
+    gone = present.filter(covered).join(listed.select(keys), keys, join_type="left anti")
+    gone = gone.select(ROW_KEYS.names).cast(ROW_KEYS)
+    return gone, _Found.of(gone)
+
+
+@_task
+def _superseded(images: list[ObjectRef], rows: list[ObjectRef], model: str) -> tuple[pa.Table, _Found]:
+    listed, present = _joined(images, LISTED), _joined(rows, ROW_KEYS)
+    keys = ["image_uri", "version"]
+    stands = present.filter((pc.field("model_id") == model) & ~pc.field("status").isin(TRIED_AGAIN)).select(keys)
+    replaced = listed.select(keys).join(stands, keys, join_type="left semi").select(["image_uri"])
+    others = present.filter(pc.field("model_id") != model).join(replaced, "image_uri", join_type="left semi")
+    others = others.select(ROW_KEYS.names).cast(ROW_KEYS)
+    return others, _Found.of(others)
+
+
+def _joined(tables: list[ObjectRef], schema: pa.Schema) -> pa.Table:
+    return pa.concat_tables([schema.empty_table(), *ray.get(tables)]).combine_chunks()
+
+
+def _without_repetition(listed: pa.Table) -> pa.Table:
+    """The first row of each image."""
+    seen = pd.Series(listed["image_uri"].to_pylist(), dtype=object).duplicated()
+    return listed.filter(pa.array(~seen.to_numpy())) if seen.any() else listed

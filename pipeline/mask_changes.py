@@ -1,0 +1,172 @@
+"""Changes of rows that are there: taking some away, and merging small files. Made on the cluster, committed at once.
+
+A file is never changed: what is kept of it is staged anew, and takes its place in one transaction.
+"""
+
+import datetime
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+from ray import ObjectRef
+
+from pipeline import mask_store, masks, storage
+from pipeline.census import ROW_KEYS, Rows
+from pipeline.cluster import IO_TASK_CPUS
+from pipeline.errors import PipelineError
+from pipeline.mask_store import MaskStore, Move
+from pipeline.parquet_sink import write_table
+from pipeline.storage_errors import StorageOutage
+
+MERGED_BYTES = 256 * 2**20  # of a file that compaction makes
+PRUNED_FOLDER = "pruned"
+PRUNED_SCHEMA = pa.schema(
+    [
+        *(masks.PREDICTION_SCHEMA.field(name) for name in masks.KEY),
+        ("run_id", pa.string()),
+        ("pruned", pa.timestamp("s", "UTC")),
+    ]
+)
+_FILES_TOGETHER = 16  # that a task rewrites
+_FOOTERS_TOGETHER = 256  # that a task reads
+
+_task: Any = ray.remote(num_cpus=IO_TASK_CPUS, max_retries=3, retry_exceptions=[StorageOutage])
+
+
+def take_away(store: MaskStore, rows: Rows, *, record: bool = False) -> None:
+    """Take rows away, all at one moment.
+
+    Args:
+        store: of the output that the rows are of.
+        rows: to be taken away.
+        record: also write down what was taken away, in `pruned/*.parquet`.
+    """
+    if not rows.count:
+        return
+    groups = [rows.files[start : start + _FILES_TOGETHER] for start in range(0, len(rows.files), _FILES_TOGETHER)]
+    added: list[list[Move]] = ray.get([_kept.remote(store.url, store.run_id, group, rows.tables) for group in groups])
+    if record:
+        added.append(ray.get([_recorded.remote(store.url, store.run_id, table) for table in rows.tables]))
+    store.commit(add=[move for moves in added for move in moves], remove=rows.files)
+
+
+@_task
+def _kept(url: str, run_id: str, files: list[str], taken: list[ObjectRef]) -> list[Move]:
+    """Stage what stays of some files, each as a file of its own."""
+    keys = [*masks.KEY, "file"]
+    names = pa.array(files)
+    drop = pa.concat_tables(
+        [ROW_KEYS.empty_table(), *(table.filter(pc.is_in(table["file"], names)) for table in ray.get(taken))]
+    )
+    moves = []
+    for file in files:
+        rows = _read(url, file)
+        numbered = rows.select(masks.KEY).append_column("file", pa.array([file] * rows.num_rows, pa.string()))
+        numbered = numbered.append_column("number", pa.array(range(rows.num_rows), pa.int64()))
+        kept = numbered.join(drop.select(keys), keys, join_type="left anti")["number"]
+        if len(kept):
+            moves.append(mask_store.staged(run_id, file.rpartition("/")[2].partition("-")[0]))
+            write_table(storage.join(url, moves[-1].staged), rows.take(kept.sort()))
+    return moves
+
+
+@_task
+def _recorded(url: str, run_id: str, taken: pa.Table) -> Move:
+    """Stage the record of rows that are taken away."""
+    now = pa.scalar(datetime.datetime.now(datetime.UTC), PRUNED_SCHEMA.field("pruned").type)
+    table = taken.select(masks.KEY)
+    table = table.append_column("run_id", pa.repeat(run_id, table.num_rows))
+    table = table.append_column(PRUNED_SCHEMA.field("pruned"), pa.repeat(now, table.num_rows))
+    move = mask_store.staged(run_id, PRUNED_FOLDER)
+    write_table(storage.join(url, move.staged), table.cast(PRUNED_SCHEMA))
+    return Move(move.staged, f"{PRUNED_FOLDER}/{move.name.rpartition('/')[2]}")
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file of rows, its size in bytes, and the model whose rows it holds, if it is one."""
+
+    name: str
+    size: int
+    model: str | None
+
+
+def compact(store: MaskStore) -> tuple[int, int]:
+    """Merge small files of rows into ones of about `MERGED_BYTES`, of one model each, in the order of their images.
+
+    One transaction for each new file: readers with `pipeline.masks` see the rows once all the time, others of the
+    folder miss some for the moment of the change. Rows that the next run tries again stay where they are.
+
+    Returns:
+        How many files were merged, and into how many.
+    """
+    url = store.url
+    place = storage.join(url, mask_store.FOLDER)
+    small = [
+        (item.url[len(url) :].lstrip("/"), item.size)
+        for item in storage.list_objects(place)
+        if item.url.rpartition("/")[2].startswith(mask_store.STANDING) and item.size < MERGED_BYTES // 2
+    ]
+    groups = [small[start : start + _FOOTERS_TOGETHER] for start in range(0, len(small), _FOOTERS_TOGETHER)]
+    found: list[list[_File]] = ray.get([_looked_into.remote(url, group) for group in groups])
+    before = after = 0
+    waiting: dict[ObjectRef, list[str]] = {}
+    merged: Any = _merged
+    for group in _merge_groups([file for files in found for file in files]):
+        waiting[merged.remote(url, store.run_id, group)] = group
+    while waiting:
+        (ready,), _ = ray.wait(list(waiting), num_returns=1)
+        group = waiting.pop(ready)
+        store.commit(add=[ray.get(ready)], remove=group)
+        before, after = before + len(group), after + 1
+    return before, after
+
+
+@_task
+def _looked_into(url: str, files: list[tuple[str, int]]) -> list[_File]:
+    found = []
+    for name, size in files:
+        models = _read(url, name, ["model_id"])["model_id"].unique().to_pylist()
+        found.append(_File(name, size, models[0] if len(models) == 1 else None))
+    return found
+
+
+def _merge_groups(files: list[_File]) -> Iterator[list[str]]:
+    """Names of at least two files of one model that come to about `MERGED_BYTES` together."""
+    for model in sorted({file.model for file in files if file.model is not None}):
+        group: list[_File] = []
+        for file in sorted((file for file in files if file.model == model), key=lambda file: file.name):
+            if group and sum(other.size for other in group) + file.size > MERGED_BYTES:
+                yield [other.name for other in group]
+                group = []
+            group.append(file)
+        if len(group) > 1:
+            yield [other.name for other in group]
+
+
+@ray.remote(num_cpus=1, max_retries=3, retry_exceptions=[StorageOutage])  # each holds a large file in memory
+def _merged(url: str, run_id: str, files: list[str]) -> Move:
+    """Stage the rows of some files as one; raises if a row is there twice, which compaction must not hide."""
+    tables = [_read(url, file) for file in files]
+    table = pa.concat_tables(tables, promote_options="default").sort_by("image_uri")
+    keys = table.select(masks.KEY)
+    if keys.group_by(list(masks.KEY)).aggregate([]).num_rows < keys.num_rows:
+        raise PipelineError(
+            f"{url} has rows of the same image, version and model in several of its files, of which {files[0]} is one: "
+            "something else has written there; segment into a new place."
+        )
+    move = mask_store.staged(run_id, mask_store.STANDING)
+    write_table(storage.join(url, move.staged), table)
+    return move
+
+
+def _read(url: str, file: str, columns: list[str] | None = None) -> pa.Table:
+    place = storage.join(url, file)
+    with storage.explained(place):
+        filesystem, path = storage.arrow_filesystem(place)
+        with pq.ParquetFile(path, filesystem=filesystem) as parquet:
+            return parquet.read(columns)
