@@ -18,10 +18,10 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from types import TracebackType
 
-from pipeline import storage
+from pipeline import documents, storage
+from pipeline.documents import Conflict, Document
 from pipeline.errors import PipelineError
 from pipeline.progress import announce
-from pipeline.storage import Conflict, Document
 from pipeline.storage_errors import StorageError
 
 FILE_NAME = "lease.json"
@@ -106,7 +106,7 @@ class Lease(AbstractContextManager["Lease"]):
         self._thread = threading.Thread(target=self._renew_until_stopped, name="lease", daemon=True)
 
     def __enter__(self) -> "Lease":
-        found = self._free(storage.read_document(self.url))
+        found = self._free(documents.read_document(self.url))
         try:
             self._write(self.holder, found)
             if not self._is_exclusive():
@@ -115,7 +115,7 @@ class Lease(AbstractContextManager["Lease"]):
                     "both may go on for a while, so begin them apart"
                 )
         except Conflict:
-            raise _held(self.url, storage.read_document(self.url)) from None
+            raise _held(self.url, documents.read_document(self.url)) from None
         self._thread.start()
         return self
 
@@ -146,7 +146,7 @@ class Lease(AbstractContextManager["Lease"]):
         until = time.monotonic() + self.seconds
         while time.monotonic() < until:
             time.sleep(min(_WATCH_SECONDS, self.seconds / 10))
-            now = storage.read_document(self.url)
+            now = documents.read_document(self.url)
             if now != found:
                 if now is not None and _State.of(now).holder:
                     raise _held(self.url, now)
@@ -167,7 +167,7 @@ class Lease(AbstractContextManager["Lease"]):
         begun = time.monotonic()
         place = f"process {os.getpid()} on {socket.gethostname()}"
         state = _State(holder, place, self._since, _now(), uuid.uuid4().hex)
-        self._document = storage.compare_and_swap(self.url, state.encoded(), expected)
+        self._document = documents.compare_and_swap(self.url, state.encoded(), expected)
         self._renewed_at = begun
 
     def _renew_until_stopped(self) -> None:
@@ -175,7 +175,7 @@ class Lease(AbstractContextManager["Lease"]):
             try:
                 self._write(self.holder, self._document)
             except Conflict:
-                found = storage.read_document(self.url)
+                found = documents.read_document(self.url)
                 if found is None or _State.of(found).holder != self.holder:
                     self._lost = f"{_who(found)} has taken it"
                     return

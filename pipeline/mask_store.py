@@ -22,9 +22,9 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
 
-from pipeline import storage
+from pipeline import documents, storage
+from pipeline.documents import Conflict, Document
 from pipeline.errors import PipelineError
-from pipeline.storage import Conflict, Document
 from pipeline.storage_errors import StorageError, patiently
 
 FOLDER = "masks"
@@ -105,9 +105,9 @@ def files(url: str) -> list[str]:
     """
     url = storage.absolute(url)
     for _ in range(SNAPSHOT_ATTEMPTS):
-        before = storage.read_document(_place(url))
+        before = documents.read_document(_place(url))
         names = [item.url for item in storage.list_objects(storage.join(url, FOLDER)) if item.url.endswith(".parquet")]
-        if storage.read_document(_place(url)) == before:
+        if documents.read_document(_place(url)) == before:
             return _with_change(url, names, Transaction.of(url, before))
     raise StorageError(f"{url} changes faster than it can be listed: read it again when the run there has ended.")
 
@@ -139,7 +139,7 @@ class MaskStore(AbstractContextManager["MaskStore"]):
         self.work = storage.join(url, WORK_FOLDER, run_id)  # where this run stages
 
     def __enter__(self) -> "MaskStore":
-        self._document = storage.read_document(_place(self.url))
+        self._document = documents.read_document(_place(self.url))
         last = Transaction.of(self.url, self._document)
         if last.is_done:
             self._write(Transaction(number=last.number, nonce=uuid.uuid4().hex))
@@ -196,9 +196,9 @@ class MaskStore(AbstractContextManager["MaskStore"]):
     def _write(self, change: Transaction) -> None:
         def written() -> Document:
             try:
-                return storage.compare_and_swap(_place(self.url), change.encoded(), self._document)
+                return documents.compare_and_swap(_place(self.url), change.encoded(), self._document)
             except Conflict as error:
-                found = storage.read_document(_place(self.url))
+                found = documents.read_document(_place(self.url))
                 if found is not None and found.data == change.encoded():
                     return found  # an attempt before this one has had no answer, but effect
                 raise Overtaken(

@@ -6,7 +6,6 @@ processes that these stages run in would take seconds to load.
 """
 
 import collections
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,25 +17,22 @@ from ray.data.block import Block
 
 from pipeline import mask_store, masks, storage
 from pipeline.errors import PipelineError
+from pipeline.image_sources import CHANGED, STORAGE_ERROR, Unread, read
 from pipeline.images import BadImage, decode_photograph
 from pipeline.parquet_sink import ParquetSink, Written
 from pipeline.progress import Reporter
-from pipeline.storage_errors import StorageError
 
 TURN_FILE = "turn.json"
 ROWS_PER_FILE = 64
 SHOWN_FAILURES = 20
-READ_WAITS = (0.5, 2.0)  # seconds between attempts to read an image that storage does not give
 
-STORAGE_ERROR = "storage_error"  # storage did not give the image
-CHANGED = "changed"  # the version that was listed was overwritten or deleted before it was read
 INFERENCE_ERROR = "inference_error"  # the model fails on this image alone
 TRIED_AGAIN = (STORAGE_ERROR, CHANGED, INFERENCE_ERROR)  # the next run replaces their rows by another attempt
 
-LISTED = pa.schema([("image_uri", pa.string()), ("version", pa.string())])
 PIXELS = pa.schema(
     [
-        *LISTED,
+        ("image_uri", pa.string()),
+        ("version", pa.string()),
         ("height", pa.int32()),
         ("width", pa.int32()),
         ("pixels", pa.large_binary()),  # (H, W, 3) uint8: plain bytes, so that images of all sizes share a table
@@ -52,42 +48,17 @@ CLASS_MAPS = pa.schema(
 
 def read_images(batch: pa.Table) -> Iterator[pa.Table]:
     """Rows of `LISTED` to rows of `PIXELS`, one at a time: an image that cannot be used stays, with its reason."""
-    for listed in batch.to_pylist():
+    rows = batch.to_pylist()
+    for listed, data in zip(rows, read(rows), strict=True):
         row = {**listed, "status": masks.OK}
         try:
-            image = decode_photograph(_fetched(listed["image_uri"], listed["version"]))
+            if isinstance(data, Unread):
+                raise BadImage(data.status, data.error)
+            image = decode_photograph(data)
             row |= {"height": image.shape[0], "width": image.shape[1], "pixels": image.tobytes()}
-        except _Changed as error:
-            row |= {"status": CHANGED, "error": str(error)}
-        except StorageError as error:
-            row |= {"status": STORAGE_ERROR, "error": str(error)}
         except BadImage as error:
             row |= {"status": error.reason, "error": error.detail}
         yield pa.Table.from_pylist([row], schema=PIXELS)
-
-
-class _Changed(Exception):
-    """The version that was listed is no longer there."""
-
-
-def _fetched(url: str, version: str) -> bytes:
-    """The bytes of this very version of an object.
-
-    It had the version when it was listed; that it still has it after reading shows that what was read is of it.
-    """
-    for wait in (*READ_WAITS, None):
-        try:
-            data = storage.read_bytes(url)
-            if storage.stat(url).version == version:
-                return data
-            raise _Changed(f"{url} was overwritten after it was listed")
-        except FileNotFoundError:
-            raise _Changed(f"{url} was listed, but is not there") from None
-        except StorageError:
-            if wait is None:
-                raise
-            time.sleep(wait)
-    raise AssertionError("the last attempt returns or raises")
 
 
 @dataclass(frozen=True)

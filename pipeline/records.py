@@ -5,11 +5,11 @@ A record that could not be read says why instead of having bytes; nothing is pas
 
 import collections
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +17,9 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.images import BadImage
 from pipeline.layouts import CANONICAL, IMAGE_SUFFIXES, Pair, Shard
+from pipeline.read_ahead import ahead
 from pipeline.storage_errors import explanation
+from pipeline.tar_members import members
 
 MOST_BYTES = 2**30  # of a file in a tar shard
 FETCHED_AHEAD = 16  # pairs being read while others are decoded
@@ -26,7 +28,6 @@ ROWS_TOGETHER = 32
 # Names, after the first dot, of a sample's files in a tar shard. A PNG beside a photograph is its label.
 LABEL_ENDINGS = ("label.png", "seg.png", "mask.png", "segmentation.png", "annotation.png")
 
-_TAR_BLOCK = 512
 _READ_TOGETHER = 2**20
 
 
@@ -62,7 +63,7 @@ def read_pairs(pairs: Iterable[Pair]) -> Iterator[Record]:
         StorageError: if the store cannot be read; a file that is not there is a fault of its record.
     """
     with ThreadPoolExecutor(FETCHED_AHEAD) as pool:
-        yield from _ahead(pool, _read_pair, pairs, FETCHED_AHEAD)
+        yield from ahead(pool, _read_pair, pairs, FETCHED_AHEAD)
 
 
 def read_shard(shard: Shard) -> Iterator[Record]:
@@ -125,7 +126,7 @@ def _fetched(url: str) -> bytes:
 def _read_tar(shard: Shard) -> Iterator[Record]:
     with storage.open_input(shard.url) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
         key, files = "", list[tuple[str, bytes | BadImage]]()
-        for member in archive:
+        for member in members(archive, stream):
             path = PurePosixPath(member.name.encode("utf-8", "backslashreplace").decode())  # names may be no UTF-8
             if member.isdir() or path.name.startswith("."):
                 continue
@@ -138,15 +139,6 @@ def _read_tar(shard: Shard) -> Iterator[Record]:
             files.append((ending.lower(), _content(archive, member)))
         if files:
             yield _sample(shard, key, files)
-        # tarfile takes damage between two files for the end; a whole archive ends with zeros.
-        stream.seek(archive.offset)
-        rest = stream.read(_TAR_BLOCK)
-        if len(rest) < _TAR_BLOCK:
-            raise tarfile.ReadError("the archive breaks off before its end")
-        while rest:
-            if any(rest):
-                raise tarfile.ReadError("the archive is damaged, or another follows its end")
-            rest = stream.read(_READ_TOGETHER)
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | BadImage:
@@ -225,20 +217,3 @@ def _encoded(value: Any) -> bytes | None:
     if isinstance(value, Mapping):
         value = value.get("bytes")
     return value if isinstance(value, bytes) else None
-
-
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
-
-
-def _ahead(
-    pool: ThreadPoolExecutor, work: Callable[[_Item], _Result], items: Iterable[_Item], count: int
-) -> Iterator[_Result]:
-    """Results in order, with at most `count` of them being made ahead; unlike `pool.map`, which begins them all."""
-    waiting: collections.deque[Future[_Result]] = collections.deque()
-    for item in items:
-        waiting.append(pool.submit(work, item))
-        if len(waiting) > count:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()

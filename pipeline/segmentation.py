@@ -44,7 +44,6 @@ from pipeline.prediction import (
 from pipeline.prediction_rows import (
     CLASS_MAPS,
     INFERENCE_ERROR,
-    LISTED,
     STORAGE_ERROR,
     TRIED_AGAIN,
     TURN_FILE,
@@ -60,6 +59,7 @@ from rssnet.inference import Prediction, Predictor
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 WORKFLOW = "segment"
+LISTED = pa.schema([("image_uri", pa.string()), ("version", pa.string())])
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,7 @@ the cloud's identity.
 """
 
 import contextlib
-import errno
-import fcntl
 import functools
-import hashlib
 import json
 import os
 import re
@@ -22,23 +19,25 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from stat import S_ISDIR, S_ISREG
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import fsspec
 import pyarrow.fs as arrow_fs
-from fsspec.asyn import sync
 
 from pipeline.errors import PipelineError
+from pipeline.local_files import NOTHING_THERE, folders_in, local_files
 from pipeline.redaction import redacted
-from pipeline.storage_errors import StorageError, explanation, no_bucket
+from pipeline.s3_requests import first_key, get_object, list_page, put_object_if
+from pipeline.storage_errors import StorageError, explanation, no_bucket, patiently
 
 SCHEMES = ("s3", "gs", "file")
 UPLOADED_TOGETHER = 32  # files that upload_folder holds in memory
-NOTHING_THERE = (errno.ENOENT, errno.ELOOP)  # the latter of links that lead to each other
+_READINGS = 3  # of an object that is overwritten meanwhile
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _UNUSABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # the last are what Python makes of bytes that are no UTF-8
+
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -150,15 +149,56 @@ def read_bytes(url: str) -> bytes:
         return _fsspec(scheme).cat_file(path, **options)
 
 
-def open_input(url: str) -> IO[bytes]:
+def read_versioned(url: str) -> tuple[bytes, str]:
+    """The whole object, and the version that these very bytes are of, as a listing would have it.
+
+    Raises:
+        FileNotFoundError, StorageError: as `read_bytes`; also if the object is overwritten all the time.
+    """
+    return _read_versioned(url)
+
+
+def read_range(url: str, start: int, length: int) -> tuple[bytes, str]:
+    """`length` bytes of an object from `start` on, fewer where it ends before, and the version that they are of.
+
+    Raises:
+        FileNotFoundError, StorageError: as `read_versioned`; also if the object ends before `start`.
+    """
+    if length == 0:  # which a range in HTTP cannot say
+        return b"", stat(url).version
+    return _read_versioned(url, start, length)
+
+
+def _read_versioned(url: str, start: int = 0, length: int | None = None) -> tuple[bytes, str]:
+    scheme, path = split(url)
+    if scheme == "s3":
+        bucket, _, key = path.partition("/")
+        with explained(url, absence=False):
+            data, etag = get_object(_fsspec(scheme), bucket, key, start, length)
+        return data, _version({"ETag": etag})
+    with explained(url, absence=False):
+        client = _fsspec(scheme)
+        span = {} if length is None else {"start": start, "end": start + length}
+        for _ in range(_READINGS):
+            before = _version(client.info(path))
+            data = client.cat_file(path, **span)
+            if _version(client.info(path)) == before:
+                return data, before
+    raise StorageError(f"{url} is overwritten again and again while it is read: wait until it is written.")
+
+
+def open_input(url: str, read_ahead: int | None = None) -> IO[bytes]:
     """The object as a file to be read and moved in, without fetching it whole.
+
+    Args:
+        read_ahead: bytes that are fetched at a time; what the client library thinks best if None.
 
     Raises:
         FileNotFoundError, StorageError: as `read_bytes`.
     """
     scheme, path = split(url)
     with explained(url, absence=False):
-        return _fsspec(scheme).open(path, "rb")
+        return _fsspec(scheme).open(path, "rb", **({} if read_ahead is None else {"block_size": read_ahead}))
 
 
 def write_bytes(url: str, data: bytes) -> None:
@@ -209,48 +249,129 @@ def exists(url: str) -> bool:
     return True
 
 
-def list_objects(url: str) -> Iterator[StoredObject]:
-    """Every object at or below `url`, recursively, sorted by key.
+def list_objects(url: str, *, recursive: bool = True) -> Iterator[StoredObject]:
+    """Every object at or below `url`, recursively, sorted by key, with one page of the listing in memory at a time.
 
     Hidden names (a path part with a leading dot) are left out. An empty prefix lists nothing; a bucket that does not
-    exist is an error.
+    exist is an error. An outage in the middle of a listing is waited for, one at its beginning is an error.
+
+    Args:
+        url: with a slash at its end, of objects only what is below it; without, also the one of that very name.
+        recursive: False leaves out what is below a further slash.
     """
     scheme, path = split(url)
-    with explained(url):
-        found = _local_files(path) if scheme == "file" else _fsspec(scheme).find(path, detail=True)
     prefix = f"{scheme}://" if "://" in url else ""
-    for key in sorted(found):
-        info = found[key]
+    found = explained_items(url, _found(scheme, path, recursive))
+    for key, info in found:
         below = key[len(path) :]
-        if info.get("type") == "directory" or key.endswith("/") or "/." in below:
+        if key.endswith("/") or "/." in below or (not below and url.endswith("/") and scheme != "file"):
             continue
         yield StoredObject(url=prefix + key, size=int(info["size"] or 0), version=_version(info))
 
 
-def _local_files(path: str, within: frozenset[tuple[int, int]] = frozenset()) -> dict[str, dict[str, Any]]:
-    """Size and modification time of every file at or below a local path, hidden ones and their folders left out.
+@dataclass(frozen=True)
+class Level:
+    """What lies directly at a prefix.
 
-    Links are followed, as an object store knows none; fsspec's own listing gives the link's time and not the file's,
-    and passes over folders that it may not read. `within` holds the folders above, so that a link to one of them ends.
+    Args:
+        objects: as `list_objects` gives them.
+        folders: URLs of the prefixes that end with the next slash, which is part of them.
     """
-    place = Path(path)
-    try:
-        status = place.stat()
-    except OSError as error:
-        if error.errno not in NOTHING_THERE:
-            raise
-        # A link to nothing is listed, so that whoever reads it learns of it; what was just deleted is not.
-        return {path: {"size": 0, "mtime": place.lstat().st_mtime}} if place.is_symlink() else {}
-    if S_ISREG(status.st_mode):
-        return {path: {"size": status.st_size, "mtime": status.st_mtime}}
-    identity = (status.st_dev, status.st_ino)
-    if not S_ISDIR(status.st_mode) or identity in within:
-        return {}
-    found = {}
-    for below in place.iterdir():
-        if not below.name.startswith("."):
-            found.update(_local_files(str(below), within | {identity}))
-    return found
+
+    objects: list[StoredObject]
+    folders: list[str]
+
+
+def list_level(url: str, most: int) -> Level | None:
+    """What lies directly below a prefix, hidden names left out; no more is asked for than this.
+
+    Returns:
+        None if there is more than `most`, or if one of the folders has a name that no URL can have, such as an empty
+        one. Then only `list_objects` finds everything.
+
+    Raises:
+        StorageError: as `list_objects`.
+    """
+    scheme, path = split(url)
+    base = f"{url.rstrip('/')}/"
+    folders: list[str] = []
+    objects: list[StoredObject] = []
+    for name, found in explained_items(url, _entries(scheme, path)):
+        if len(folders) + len(objects) >= most:
+            return None
+        if not name.startswith("."):
+            if found is not None:
+                objects.append(StoredObject(base + name, int(found["size"] or 0), _version(found)))
+            elif name.rstrip("/") and not name.endswith("//") and usable_name(base + name):
+                folders.append(base + name)
+            else:
+                return None
+    return Level(objects, folders)
+
+
+def _found(scheme: str, path: str, recursive: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Paths of objects at or below a path, in order, and what the store says of them."""
+    if scheme == "file":
+        for file in local_files(path, recursive=recursive):
+            yield file.path, {"size": file.size, "mtime": file.mtime}
+    elif scheme == "s3":
+        bucket, _, key = path.partition("/")
+        itself = first_key(_fsspec(scheme), bucket, key) if key else None
+        if itself and itself["Key"] == key:
+            yield path, _s3_info(itself)
+        for page in _s3_pages(path, "" if recursive else "/"):
+            for item in page.get("Contents", []):
+                yield f"{bucket}/{item['Key']}", _s3_info(item)
+    else:
+        found = _fsspec(scheme).find(path, maxdepth=None if recursive else 1, detail=True)
+        for key in sorted(found):
+            if found[key].get("type") != "directory":
+                yield key, found[key]
+
+
+def _entries(scheme: str, path: str) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """Names directly below a path; those of folders have a slash at the end, and nothing is said of them."""
+    if scheme == "s3":
+        key = path.partition("/")[2]
+        cut = len(key) + 1 if key else 0
+        for page in _s3_pages(path, "/"):
+            for item in page.get("CommonPrefixes", []):
+                yield item["Prefix"][cut:], None
+            for item in page.get("Contents", []):
+                if item["Key"][cut:]:
+                    yield item["Key"][cut:], _s3_info(item)
+    elif scheme == "file":
+        for folder in folders_in(path):
+            yield f"{folder[len(path) :].lstrip('/')}/", None
+        for found, info in _found(scheme, path, False):
+            if found != path:
+                yield found[len(path) :].lstrip("/"), info
+    else:
+        for info in _fsspec(scheme).ls(path, detail=True):
+            name = info["name"][len(path) + 1 :]
+            if name.rstrip("/"):
+                yield (f"{name.rstrip('/')}/", None) if info["type"] == "directory" else (name, info)
+
+
+def _s3_pages(path: str, delimiter: str) -> Iterator[dict[str, Any]]:
+    """The pages of a listing of what is below a path; for all but the first, an outage is waited for."""
+    bucket, _, key = path.partition("/")
+    request: dict[str, Any] = {"prefix": f"{key}/" if key else "", "delimiter": delimiter}
+    page = list_page(_fsspec("s3"), bucket, **request)
+    yield page
+    while page.get("IsTruncated"):
+        token = page["NextContinuationToken"]
+        page = patiently(functools.partial(_next_page, bucket, request, token))
+        yield page
+
+
+def _next_page(bucket: str, request: dict[str, Any], token: str) -> dict[str, Any]:
+    with explained(f"s3://{bucket}/{request['prefix']}"):
+        return list_page(_fsspec("s3"), bucket, **request, token=token)
+
+
+def _s3_info(item: dict[str, Any]) -> dict[str, Any]:
+    return {**item, "size": item["Size"]}
 
 
 def stat(url: str) -> StoredObject:
@@ -285,93 +406,16 @@ def move(source: str, target: str) -> None:
             _fsspec(scheme).rm_file(path)
 
 
-@dataclass(frozen=True)
-class Document:
-    """A small object that several processes may change, as it was read or written.
-
-    Args:
-        data: its bytes.
-        tag: by which the store knows this state of it from any other.
-    """
-
-    data: bytes
-    tag: str
-
-
-class Conflict(StorageError):
-    """Another process has changed a document in the meantime."""
-
-
-def read_document(url: str) -> Document | None:
-    """A document to be changed by `compare_and_swap`; None where there is none."""
-    scheme, path = split(url)
-    try:
-        with explained(url, absence=False):
-            if scheme == "s3":
-                bucket, _, key = path.partition("/")
-                answer = _fsspec(scheme).call_s3("get_object", Bucket=bucket, Key=key)
-                body: Any = sync(_fsspec(scheme).loop, answer["Body"].read)
-                return Document(body, answer["ETag"])
-            data = _fsspec(scheme).cat_file(path)
-    except FileNotFoundError:
-        return None
-    return Document(data, hashlib.sha256(data).hexdigest())
-
-
-def compare_and_swap(url: str, data: bytes, expected: Document | None) -> Document:
-    """Write a document if it is still as it was read, in one step of the store's.
-
-    On a local disk that step is made by a lock beside the file. `gs://` has none here: what another process writes in
-    the moment between looking and writing is lost.
-
-    Args:
-        data: what is written; must be unlike every earlier state, so that each has a tag of its own.
-        expected: what `read_document` or the last `compare_and_swap` returned; None if there is to be none yet.
+def put_if(url: str, data: bytes, version: str | None) -> str | None:
+    """Write an object of `s3://` if it has this version, or if there is none, in one step of the store's.
 
     Returns:
-        The document as it is now.
-
-    Raises:
-        Conflict: if it is not as expected any more.
-        StorageError: if the store fails.
+        Its new version; None if it had another one.
     """
-    scheme, path = split(url)
-    if scheme == "s3":
-        return _swapped_on_s3(url, data, expected)
-    with explained(url), _document_lock(path) if scheme == "file" else contextlib.nullcontext():
-        if read_document(url) != expected:
-            raise Conflict(f"{url} has been changed by another process.")
-        write_bytes(url, data)
-    return Document(data, hashlib.sha256(data).hexdigest())
-
-
-def _swapped_on_s3(url: str, data: bytes, expected: Document | None) -> Document:
     bucket, _, key = split(url)[1].partition("/")
-    condition = {"IfNoneMatch": "*"} if expected is None else {"IfMatch": expected.tag}
     with explained(url):
-        try:
-            answer = _fsspec("s3").call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
-        except OSError as error:
-            code = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code")
-            if code not in ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey"):
-                raise
-            now = read_document(url)
-            if (
-                now is None or now.data != data
-            ):  # else an earlier attempt of the client's has had no answer, but an effect
-                raise Conflict(f"{url} has been changed by another process.") from error
-            return now
-    return Document(data, answer["ETag"])
-
-
-@contextlib.contextmanager
-def _document_lock(path: str) -> Iterator[None]:
-    """Keep other processes of this disk from changing a document; the system frees it when the process ends."""
-    place = Path(path)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with place.with_name(f".{place.name}.lock").open("wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        etag = put_object_if(_fsspec("s3"), bucket, key, data, version)
+    return None if etag is None else _version({"ETag": etag})
 
 
 def delete(url: str) -> None:
@@ -453,3 +497,14 @@ def explained(url: str, *, absence: bool = True) -> Iterator[None]:
         if nothing_there and not absence:
             raise FileNotFoundError(f"{url} does not exist") from error
         raise explanation(url, error) from error
+
+
+def explained_items(url: str, items: Iterator[_Item]) -> Iterator[_Item]:
+    """The items, as they are made; what fails in making them is explained as by `explained`."""
+    while True:
+        with explained(url):
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+        yield item

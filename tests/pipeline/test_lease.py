@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import storage
+from pipeline import documents, storage
+from pipeline.documents import Conflict, Document
 from pipeline.lease import FILE_NAME, Held, Lease, LostLease
-from pipeline.storage import Conflict, Document
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -27,19 +27,19 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 def test_a_document_is_written_only_over_what_was_read(place):
     url = storage.join(place, "document")
-    assert storage.read_document(url) is None
-    first = storage.compare_and_swap(url, b"1", None)
-    assert storage.read_document(url) == first
+    assert documents.read_document(url) is None
+    first = documents.compare_and_swap(url, b"1", None)
+    assert documents.read_document(url) == first
     with pytest.raises(Conflict, match="changed by another process"):
-        storage.compare_and_swap(url, b"2", None)
-    second = storage.compare_and_swap(url, b"2", first)
+        documents.compare_and_swap(url, b"2", None)
+    second = documents.compare_and_swap(url, b"2", first)
     with pytest.raises(Conflict):
-        storage.compare_and_swap(url, b"3", first)
+        documents.compare_and_swap(url, b"3", first)
     assert storage.read_bytes(url) == b"2"
     storage.delete(url)
     with pytest.raises(Conflict):
-        storage.compare_and_swap(url, b"3", second)
-    assert storage.read_document(url) is None
+        documents.compare_and_swap(url, b"3", second)
+    assert documents.read_document(url) is None
 
 
 def test_of_many_that_write_at_once_each_counts(place):
@@ -47,10 +47,10 @@ def test_of_many_that_write_at_once_each_counts(place):
 
     def count(name: int) -> None:
         while True:
-            found = storage.read_document(url)
+            found = documents.read_document(url)
             number = 0 if found is None else int(found.data.split()[0])
             try:
-                storage.compare_and_swap(url, f"{number + 1} by {name}".encode(), found)
+                documents.compare_and_swap(url, f"{number + 1} by {name}".encode(), found)
                 return
             except Conflict:
                 pass
@@ -62,9 +62,9 @@ def test_of_many_that_write_at_once_each_counts(place):
 
 def test_a_write_without_answer_that_had_effect_is_no_conflict(bucket):
     url = storage.join(bucket, "document")
-    first = storage.compare_and_swap(url, b"1", None)
-    second = storage.compare_and_swap(url, b"2", first)
-    assert storage.compare_and_swap(url, b"2", first) == second  # as the client's own second attempt does
+    first = documents.compare_and_swap(url, b"1", None)
+    second = documents.compare_and_swap(url, b"2", first)
+    assert documents.compare_and_swap(url, b"2", first) == second  # as the client's own second attempt does
 
 
 def test_an_object_moves_whole(place):
@@ -106,7 +106,7 @@ def test_of_several_that_come_at_once_one_gets_in(place):
     place = storage.join(place, "output")
     # Those who look after the first has written would watch it for a quarter of a minute: all must look before.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.storage.read_document", _first_answer(storage.read_document, None))
+        patch.setattr("pipeline.documents.read_document", _first_answer(documents.read_document, None))
         with ThreadPoolExecutor(4) as pool:
             assert sorted(pool.map(tries, range(4))) == [False, False, False, True]
     (holder,) = holders
@@ -153,14 +153,14 @@ def test_a_run_that_has_lost_its_lease_is_told(place):
     with Lease(place, "slow", seconds=0.4) as lease:
         url, taken = storage.join(place, FILE_NAME), None
         while taken is None:
-            found = storage.read_document(url)
+            found = documents.read_document(url)
             assert found is not None
             with contextlib.suppress(Conflict):  # a renewal came in between
-                taken = storage.compare_and_swap(url, found.data.replace(b"slow", b"fast"), found)
+                taken = documents.compare_and_swap(url, found.data.replace(b"slow", b"fast"), found)
         time.sleep(0.4)
         with pytest.raises(LostLease, match=r"run fast .* has taken it\), so it stops: run the same command again"):
             lease.require()
-    assert storage.read_document(url) == taken  # it is the other's: not given back
+    assert documents.read_document(url) == taken  # it is the other's: not given back
 
 
 def test_a_store_that_is_away_for_too_long_loses_the_lease(tmp_path, monkeypatch):
@@ -168,7 +168,7 @@ def test_a_store_that_is_away_for_too_long_loses_the_lease(tmp_path, monkeypatch
         raise storage.StorageError("away")
 
     with Lease(str(tmp_path), "this", seconds=0.4) as lease:
-        monkeypatch.setattr(storage, "compare_and_swap", away)
+        monkeypatch.setattr(documents, "compare_and_swap", away)
         lease.require()
         time.sleep(0.6)
         with pytest.raises(LostLease, match="could not be renewed for 0 seconds"):

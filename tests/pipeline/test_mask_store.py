@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import mask_store, masks, storage
+from pipeline import documents, mask_store, masks, storage
 from pipeline.mask_store import MaskStore, Move, Overtaken, staged
 from pipeline.parquet_sink import write_table
 from pipeline.storage_errors import StorageError
@@ -101,8 +101,8 @@ def _kill_at(patch: pytest.MonkeyPatch, step: int) -> list[str]:
     killed: list[str] = []
     left = [step]
 
-    def limited(name: str) -> Any:
-        real = getattr(storage, name)
+    def limited(module: Any, name: str) -> Any:
+        real = getattr(module, name)
 
         def call(*arguments: Any) -> Any:
             if left[0] == 0:
@@ -113,8 +113,8 @@ def _kill_at(patch: pytest.MonkeyPatch, step: int) -> list[str]:
 
         return call
 
-    for name in ("compare_and_swap", "move", "delete"):
-        patch.setattr(storage, name, limited(name))
+    for module, name in ((documents, "compare_and_swap"), (storage, "move"), (storage, "delete")):
+        patch.setattr(module, name, limited(module, name))
     return killed
 
 

@@ -24,13 +24,14 @@ from PIL import Image
 
 from pipeline import mask_store, masks, prediction_rows, segmentation, storage
 from pipeline.errors import PipelineError
+from pipeline.image_sources import reading
 from pipeline.images import decode_photograph
 from pipeline.parquet_sink import write_table
 from pipeline.prediction import InferenceConfig, inference_of, load_predictor, model_id, write_inference
-from pipeline.prediction_rows import LISTED, MaskSink, read_images
+from pipeline.prediction_rows import MaskSink, read_images
 from pipeline.progress import Progress
 from pipeline.run_record import RunRecord, read_record, record_run
-from pipeline.segmentation import SegmentConfig, Segmenter, segment
+from pipeline.segmentation import LISTED, SegmentConfig, Segmenter, segment
 from rssnet import RSSNet
 
 REPOSITORY = Path(__file__).parents[2]
@@ -310,7 +311,7 @@ def test_another_model_adds_rows_and_a_fresh_start_leaves_only_its_own(tiny_mode
 _KILLED = """
 import sys
 from pipeline import prediction_rows
-from pipeline.segmentation import SegmentConfig, segment
+from pipeline.segmentation import LISTED, SegmentConfig, segment
 prediction_rows.ROWS_PER_FILE = 2
 segment(SegmentConfig(*sys.argv[1:], cpus_per_worker=0.5, batch_size=2))
 """
@@ -412,7 +413,7 @@ def test_a_file_is_replaced_by_the_task_that_repeats_it_and_by_nothing_else(tmp_
 
 
 def test_what_changed_between_listing_and_reading_is_not_taken_for_what_was_listed(tmp_path, monkeypatch):
-    monkeypatch.setattr(prediction_rows, "READ_WAITS", ())
+    monkeypatch.setattr(reading, "READ_WAITS", ())
     for name in ("same.png", "overwritten.png", "deleted.png"):
         (tmp_path / name).write_bytes(_png(1))
     (tmp_path / "folder.png").mkdir()
