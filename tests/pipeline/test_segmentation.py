@@ -30,7 +30,8 @@ from pipeline.prediction import InferenceConfig, inference_of, load_predictor, m
 from pipeline.prediction_rows import LISTED, MaskSink, read_images
 from pipeline.progress import Progress
 from pipeline.run_record import RunRecord, read_record, record_run
-from pipeline.segmentation import SegmentConfig, Segmenter, segment
+from pipeline.segmentation import SegmentConfig, segment
+from pipeline.segmenter import Segmenter
 from rssnet import RSSNet
 
 REPOSITORY = Path(__file__).parents[2]
