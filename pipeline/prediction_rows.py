@@ -8,7 +8,7 @@ processes that these stages run in would take seconds to load.
 import collections
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,15 @@ from ray.data.block import Block
 
 from pipeline import masks, storage
 from pipeline.errors import PipelineError
-from pipeline.images import BadImage, decode_photograph
+from pipeline.images import BadImage, decode_photograph, encode_png
+from pipeline.mask_products import (
+    ProductsConfig,
+    overlay_jpeg,
+    overlay_url,
+    polygons_json,
+    prediction_schema,
+    simplified,
+)
 from pipeline.parquet_sink import ParquetSink, Written
 from pipeline.progress import Reporter
 from pipeline.storage_errors import StorageError
@@ -48,6 +56,27 @@ CLASS_MAPS = pa.schema(
     [item for item in PIXELS if item.name != "pixels"]
     + [pa.field("class_map", pa.large_binary()), pa.field("confidence", pa.float32())]
 )
+# What some products are made of, all of them plain bytes: (H, W) uint8 probabilities, of which 255 is 1; of each rank
+# (H, W) class ids and probabilities; and the photograph.
+PRODUCT_SOURCES = pa.schema(
+    [
+        ("probabilities", pa.large_binary()),
+        ("top_classes", pa.list_(pa.large_binary())),
+        ("top_probabilities", pa.list_(pa.large_binary())),
+        PIXELS.field("pixels"),
+    ]
+)
+
+
+def class_maps_schema(products: ProductsConfig) -> pa.Schema:
+    """The schema of what the model gives: `CLASS_MAPS`, and of `PRODUCT_SOURCES` only what the products need."""
+    needed = {
+        "probabilities": products.needs_probabilities,
+        "top_classes": products.top_k > 0,
+        "top_probabilities": products.top_k > 0,
+        "pixels": products.overlays is not None,
+    }
+    return pa.schema([*CLASS_MAPS, *(item for item in PRODUCT_SOURCES if needed[item.name])])
 
 
 def read_images(batch: pa.Table) -> Iterator[pa.Table]:
@@ -92,24 +121,65 @@ def _fetched(url: str, version: str) -> bytes:
 
 @dataclass(frozen=True)
 class MaskEncoder:
-    """Rows of `CLASS_MAPS` to prediction rows."""
+    """Rows of `class_maps_schema(products)` to those of `prediction_schema(products)`; overlays are written on the way.
+
+    Args:
+        model: the model's id.
+        palette: colour of each of its classes.
+        names: name of each; needed only for a subset of them and for polygons.
+        products: what rows hold beside the mask.
+    """
 
     model: str
     palette: tuple[masks.RGB, ...]
+    names: tuple[str, ...] = ()
+    products: ProductsConfig = field(default_factory=ProductsConfig)
+
+    def __post_init__(self) -> None:
+        if len(self.names) != len(self.palette) and (self.names or self.products.classes or self.products.polygons):
+            raise ValueError(f"{len(self.names)} class names but {len(self.palette)} colours; give one of each.")
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        return pa.Table.from_pylist([self._row(row) for row in batch.to_pylist()], schema=masks.PREDICTION_SCHEMA)
+        # Row by row: as Python objects, the arrays of a whole batch would be in memory twice.
+        rows = [self._row(row) for part in range(batch.num_rows) for row in batch.slice(part, 1).to_pylist()]
+        return pa.Table.from_pylist(rows, schema=prediction_schema(self.products))
 
-    def _row(self, row: dict[str, Any]) -> dict[str, Any]:
-        encoded = row.pop("class_map")
+    def _row(self, given: dict[str, Any]) -> dict[str, Any]:
+        row = {name: value for name, value in given.items() if name not in (*PRODUCT_SOURCES.names, "class_map")}
         row["model_id"] = self.model
-        if encoded is not None:
-            class_map = np.frombuffer(encoded, masks.dtype(len(self.palette))).reshape(row["height"], row["width"])
-            pixels = np.bincount(class_map.ravel())
-            row["mask"] = masks.encode_mask(class_map, self.palette)
-            row["class_ids"] = np.flatnonzero(pixels).tolist()
-            row["class_pixels"] = pixels[pixels > 0].tolist()
+        if given["class_map"] is None:
+            return row
+        size = (given["height"], given["width"])
+        id_type = masks.dtype(len(self.palette))
+        class_map = np.frombuffer(given["class_map"], id_type).reshape(size)
+        class_map = simplified(class_map, self.products, self.names)
+        pixels = np.bincount(class_map.ravel(), minlength=len(self.palette))[: len(self.palette)]
+        row["mask"] = masks.encode_mask(class_map, self.palette)
+        row["class_ids"] = np.flatnonzero(pixels).tolist()
+        row["class_pixels"] = pixels[pixels > 0].tolist()
+        if self.products.needs_probabilities:
+            probabilities = np.frombuffer(given["probabilities"], np.uint8).reshape(size)
+            if self.products.classes is not None:
+                row["confidence"] = _mean_probability(probabilities, class_map != masks.other_id(len(self.palette)))
+            if self.products.confidence_map:
+                row["confidence_map"] = encode_png(probabilities)
+        if self.products.top_k:
+            ranks = [np.frombuffer(ids, id_type).reshape(size) for ids in given["top_classes"]]
+            row["top_classes"] = [masks.encode_mask(ids, self.palette) for ids in ranks]
+            ranks = [np.frombuffer(values, np.uint8).reshape(size) for values in given["top_probabilities"]]
+            row["top_probabilities"] = [encode_png(values) for values in ranks]
+        if self.products.polygons:
+            row["polygons"] = polygons_json(class_map, self.names)
+        if self.products.overlays is not None:
+            image = np.frombuffer(given["pixels"], np.uint8).reshape(*size, 3)
+            row["overlay_uri"] = overlay_url(self.products.overlays, given["image_uri"])
+            storage.write_bytes(row["overlay_uri"], overlay_jpeg(image, class_map, self.palette))
         return row
+
+
+def _mean_probability(probabilities: np.ndarray, where: np.ndarray) -> float | None:
+    """Of the pixels that have a class; None where none has."""
+    return float(probabilities.mean(where=where, dtype=np.float64)) / 255 if where.any() else None
 
 
 @dataclass(frozen=True)
