@@ -16,15 +16,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import ray
+from pandas.util import hash_array
 from ray import ObjectRef
 
 from pipeline import image_sources, mask_store, storage
-from pipeline.cluster import IO_TASK_CPUS
+from pipeline.cluster import io_task
 from pipeline.image_sources import LISTED, ImageSource, Part
 from pipeline.masks import OK, PREDICTION_SCHEMA
 from pipeline.parquet_sink import write_table
 from pipeline.prediction_rows import TRIED_AGAIN
-from pipeline.storage_errors import StorageOutage
 
 PARTITION_ROWS = 250_000  # images or rows, about 40 MB
 PENDING_ROWS = 2048  # in a file of images to be segmented
@@ -213,10 +213,7 @@ def _together(tables: list[_Table]) -> Iterator[list[_Table]]:
         yield group
 
 
-_task: Any = ray.remote(num_cpus=IO_TASK_CPUS, max_retries=3, retry_exceptions=[StorageOutage])
-
-
-@_task
+@io_task
 def _split(partitions: int, *tables: pa.Table) -> list[pa.Table]:
     table = pa.concat_tables(tables)
     places = _hashes(table["image_uri"]) % np.uint64(partitions)
@@ -225,11 +222,12 @@ def _split(partitions: int, *tables: pa.Table) -> list[pa.Table]:
 
 def _hashes(strings: pa.ChunkedArray) -> np.ndarray:
     """A number from 0 to 2**64 for each string, the same on all machines."""
+    hashed: Any = hash_array
     values = np.asarray(strings.to_pylist(), dtype=object)
-    return pd.util.hash_array(values, categorize=False) if len(values) else np.empty(0, np.uint64)
+    return hashed(values, categorize=False) if len(values) else np.empty(0, np.uint64)
 
 
-@_task
+@io_task
 def _listed(part: Part) -> Iterator[Any]:
     """Tables of the images of a part, each after the number of its rows and of what was passed over."""
     waiting: list[pa.Table] = []
@@ -257,7 +255,7 @@ def _row_tasks(url: str, model: str | None) -> list[Any]:
     ]
 
 
-@_task
+@io_task
 def _keys(url: str, files: list[str], model: str | None) -> Iterator[Any]:
     """The keys of the rows in some files, in one table, after the number of them."""
     with storage.explained(url):
@@ -268,13 +266,13 @@ def _keys(url: str, files: list[str], model: str | None) -> Iterator[Any]:
             filesystem=filesystem,
             format="parquet",
         )
-        columns = {name: pc.field(name) for name in ROW_KEYS.names[:-1]} | {"file": pc.field("__filename")}
+        columns = [*ROW_KEYS.names[:-1], "__filename"]
         found = dataset.to_table(columns=columns, filter=None if model is None else pc.field("model_id") == model)
-    file = pc.utf8_slice_codeunits(found["file"], len(root.rstrip("/")) + 1)
+    file = pa.array([path[len(root) :].lstrip("/") for path in found["__filename"].to_pylist()], pa.string())
     yield from _counted([found.set_column(len(ROW_KEYS) - 1, "file", file).cast(ROW_KEYS)], ROW_KEYS)
 
 
-@_task
+@io_task
 def _compared(images: list[ObjectRef], rows: list[ObjectRef], place: str) -> tuple[_Compared, _Found, pa.Table]:
     listed, present = _joined(images, LISTED), _joined(rows, ROW_KEYS)
     first = _without_repetition(listed)
@@ -292,12 +290,12 @@ def _compared(images: list[ObjectRef], rows: list[ObjectRef], place: str) -> tup
     # By addition, so that neither the order nor the number of partitions changes it.
     both = _hashes(first["image_uri"]) * np.uint64(31) + _hashes(first["version"])
     fingerprint = int(both.sum(dtype=np.uint64))
-    masked = pc.sum(pc.equal(present["status"], OK)).as_py() or 0
+    masked = present.filter(pc.field("status") == OK).num_rows
     summary = _Compared(first.num_rows, listed.num_rows - first.num_rows, fingerprint, files, masked)
     return summary, _Found.of(outdated), outdated
 
 
-@_task
+@io_task
 def _gone(images: list[ObjectRef], rows: list[ObjectRef], source: ImageSource) -> tuple[pa.Table, _Found]:
     listed, present = _joined(images, LISTED), _joined(rows, ROW_KEYS)
     covered = pa.array([source.covers(uri) for uri in present["image_uri"].to_pylist()], pa.bool_())
@@ -307,7 +305,7 @@ def _gone(images: list[ObjectRef], rows: list[ObjectRef], source: ImageSource) -
     return gone, _Found.of(gone)
 
 
-@_task
+@io_task
 def _superseded(images: list[ObjectRef], rows: list[ObjectRef], model: str) -> tuple[pa.Table, _Found]:
     listed, present = _joined(images, LISTED), _joined(rows, ROW_KEYS)
     keys = ["image_uri", "version"]

@@ -5,12 +5,14 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import ray
 
 from pipeline.errors import PipelineError
 from pipeline.progress import announce
+from pipeline.storage_errors import StorageOutage
 
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
 # Of a Ray that is started here, and of its workers.
@@ -22,6 +24,12 @@ LOCAL_ENVIRONMENT = {
     "RAY_idle_worker_killing_time_threshold_ms": "60000",
 }
 IO_TASK_CPUS = 0.25  # of a task that reads, decodes or encodes: it mostly waits for storage
+
+
+def io_task(function: Callable[..., Any], num_cpus: float = IO_TASK_CPUS) -> Any:
+    """A function as a Ray task that is repeated when its node is lost, or the store is out of reach."""
+    outages: Any = [StorageOutage]  # ray's own annotation knows True alone
+    return ray.remote(num_cpus=num_cpus, max_retries=3, retry_exceptions=outages)(function)
 
 
 class Interrupted(BaseException):

@@ -6,21 +6,18 @@ A file is never changed: what is kept of it is staged anew, and takes its place 
 import datetime
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 from ray import ObjectRef
 
 from pipeline import mask_store, masks, storage
 from pipeline.census import ROW_KEYS, Rows
-from pipeline.cluster import IO_TASK_CPUS
+from pipeline.cluster import io_task
 from pipeline.errors import PipelineError
 from pipeline.mask_store import MaskStore, Move
-from pipeline.parquet_sink import write_table
-from pipeline.storage_errors import StorageOutage
+from pipeline.parquet_sink import read_table, write_table
 
 MERGED_BYTES = 256 * 2**20  # of a file that compaction makes
 PRUNED_FOLDER = "pruned"
@@ -33,8 +30,6 @@ PRUNED_SCHEMA = pa.schema(
 )
 _FILES_TOGETHER = 16  # that a task rewrites
 _FOOTERS_TOGETHER = 256  # that a task reads
-
-_task: Any = ray.remote(num_cpus=IO_TASK_CPUS, max_retries=3, retry_exceptions=[StorageOutage])
 
 
 def take_away(store: MaskStore, rows: Rows, *, record: bool = False) -> None:
@@ -54,17 +49,15 @@ def take_away(store: MaskStore, rows: Rows, *, record: bool = False) -> None:
     store.commit(add=[move for moves in added for move in moves], remove=rows.files)
 
 
-@_task
+@io_task
 def _kept(url: str, run_id: str, files: list[str], taken: list[ObjectRef]) -> list[Move]:
     """Stage what stays of some files, each as a file of its own."""
     keys = [*masks.KEY, "file"]
-    names = pa.array(files)
-    drop = pa.concat_tables(
-        [ROW_KEYS.empty_table(), *(table.filter(pc.is_in(table["file"], names)) for table in ray.get(taken))]
-    )
+    of_files = pc.field("file").isin(files)
+    drop = pa.concat_tables([ROW_KEYS.empty_table(), *(table.filter(of_files) for table in ray.get(taken))])
     moves = []
     for file in files:
-        rows = _read(url, file)
+        rows = read_table(storage.join(url, file))
         numbered = rows.select(masks.KEY).append_column("file", pa.array([file] * rows.num_rows, pa.string()))
         numbered = numbered.append_column("number", pa.array(range(rows.num_rows), pa.int64()))
         kept = numbered.join(drop.select(keys), keys, join_type="left anti")["number"]
@@ -74,7 +67,7 @@ def _kept(url: str, run_id: str, files: list[str], taken: list[ObjectRef]) -> li
     return moves
 
 
-@_task
+@io_task
 def _recorded(url: str, run_id: str, taken: pa.Table) -> Move:
     """Stage the record of rows that are taken away."""
     now = pa.scalar(datetime.datetime.now(datetime.UTC), PRUNED_SCHEMA.field("pruned").type)
@@ -115,7 +108,7 @@ def compact(store: MaskStore) -> tuple[int, int]:
     found: list[list[_File]] = ray.get([_looked_into.remote(url, group) for group in groups])
     before = after = 0
     waiting: dict[ObjectRef, list[str]] = {}
-    merged: Any = _merged
+    merged = io_task(_merged, num_cpus=1)  # each holds a large file in memory
     for group in _merge_groups([file for files in found for file in files]):
         waiting[merged.remote(url, store.run_id, group)] = group
     while waiting:
@@ -126,11 +119,11 @@ def compact(store: MaskStore) -> tuple[int, int]:
     return before, after
 
 
-@_task
+@io_task
 def _looked_into(url: str, files: list[tuple[str, int]]) -> list[_File]:
     found = []
     for name, size in files:
-        models = _read(url, name, ["model_id"])["model_id"].unique().to_pylist()
+        models = read_table(storage.join(url, name), ["model_id"])["model_id"].unique().to_pylist()
         found.append(_File(name, size, models[0] if len(models) == 1 else None))
     return found
 
@@ -148,10 +141,9 @@ def _merge_groups(files: list[_File]) -> Iterator[list[str]]:
             yield [other.name for other in group]
 
 
-@ray.remote(num_cpus=1, max_retries=3, retry_exceptions=[StorageOutage])  # each holds a large file in memory
 def _merged(url: str, run_id: str, files: list[str]) -> Move:
     """Stage the rows of some files as one; raises if a row is there twice, which compaction must not hide."""
-    tables = [_read(url, file) for file in files]
+    tables = [read_table(storage.join(url, file)) for file in files]
     table = pa.concat_tables(tables, promote_options="default").sort_by("image_uri")
     keys = table.select(masks.KEY)
     if keys.group_by(list(masks.KEY)).aggregate([]).num_rows < keys.num_rows:
@@ -162,11 +154,3 @@ def _merged(url: str, run_id: str, files: list[str]) -> Move:
     move = mask_store.staged(run_id, mask_store.STANDING)
     write_table(storage.join(url, move.staged), table)
     return move
-
-
-def _read(url: str, file: str, columns: list[str] | None = None) -> pa.Table:
-    place = storage.join(url, file)
-    with storage.explained(place):
-        filesystem, path = storage.arrow_filesystem(place)
-        with pq.ParquetFile(path, filesystem=filesystem) as parquet:
-            return parquet.read(columns)

@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline import mask_store, storage
 from pipeline.mask_store import MaskStore, Move
-from pipeline.parquet_sink import write_table
+from pipeline.parquet_sink import read_table, write_table
 from pipeline.prediction_rows import NUMBER, TRIED_AGAIN, Summary
 from pipeline.storage_errors import patiently
 
@@ -114,8 +113,7 @@ class Ledger:
     def _without_others(self, move: Move, wanted: np.ndarray) -> tuple[Move, list[dict[str, str]]]:
         """The same file with the wanted rows alone, and their failures."""
         place = storage.join(self.store.url, move.staged)
-        filesystem, path = storage.arrow_filesystem(place)
-        rows = pq.read_table(path, filesystem=filesystem).filter(pa.array(wanted))
+        rows = read_table(place).filter(pa.array(wanted))
         write_table(place, rows)
         return move, Summary.of(rows).failures
 

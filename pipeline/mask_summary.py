@@ -11,15 +11,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 from matplotlib.figure import Figure
 
 from pipeline import mask_store, masks, storage
-from pipeline.cluster import IO_TASK_CPUS
+from pipeline.cluster import io_task
 from pipeline.figure_png import figure_png
-from pipeline.parquet_sink import write_table
-from pipeline.storage_errors import StorageOutage
+from pipeline.parquet_sink import read_table, write_table
 from rssnet.classes import Classes
 
 FOLDER = "summary"
@@ -42,8 +40,6 @@ _GROUP = ["model_id", "prefix", "day"]
 _FILES_TOGETHER = 64  # that a task reads
 _DATE = re.compile(r"(?<!\d)(20\d\d)([-_/]?)(0[1-9]|1[0-2])\2(0[1-9]|[12]\d|3[01])(?!\d)")
 _SHOWN_CLASSES, _SHOWN_GROUPS = 9, 40  # in the plot; the rest is put together, or left to the table
-
-_task: Any = ray.remote(num_cpus=IO_TASK_CPUS, max_retries=3, retry_exceptions=[StorageOutage])
 
 
 def summarize(url: str, model: str | None = None, classes: Classes | None = None, depth: int = 1) -> pa.Table:
@@ -94,28 +90,19 @@ def _common_folder(uris: Sequence[str]) -> str:
     return first[: first[:length].rfind("/") + 1]
 
 
-def _read(file: str, columns: list[str]) -> pa.Table:
-    with storage.explained(file):
-        filesystem, path = storage.arrow_filesystem(file)
-        with pq.ParquetFile(path, filesystem=filesystem) as parquet:
-            return parquet.read(columns)
-
-
-@_task
+@io_task
 def _ends(files: list[str]) -> list[str]:
     """The first and the last URI in some files."""
-    uris = pa.chunked_array(
-        [chunk for file in files for chunk in _read(file, ["image_uri"])["image_uri"].chunks], pa.string()
-    )
-    ends = pc.min_max(uris)
-    return [ends["min"].as_py(), ends["max"].as_py()] if len(uris) else []
+    uris = [uri for file in files for uri in read_table(file, ["image_uri"])["image_uri"].to_pylist()]
+    return [min(uris), max(uris)] if uris else []
 
 
-@_task
+@io_task
 def _counted(files: list[str], common: int, depth: int) -> tuple[pa.Table, pa.Table]:
     """Of some files: images by group, and pixels and images by group and class."""
     columns = ["model_id", "image_uri", "status", "class_ids", "class_pixels"]
-    rows = pa.concat_tables([_read(file, columns) for file in files]).filter(pc.field("status") == masks.OK)
+    rows = pa.concat_tables([read_table(file, columns) for file in files]).filter(pc.field("status") == masks.OK)
+    rows = rows.combine_chunks()
     uris = rows["image_uri"].to_pylist()
     groups = pa.table(
         {
@@ -124,12 +111,18 @@ def _counted(files: list[str], common: int, depth: int) -> tuple[pa.Table, pa.Ta
             "day": pa.array([day_of(uri) for uri in uris], pa.date32()),
         }
     )
-    of_class = groups.take(pc.list_parent_indices(rows["class_ids"]))
-    of_class = of_class.append_column("class_id", pc.list_flatten(rows["class_ids"]))
-    of_class = of_class.append_column("pixels", pc.list_flatten(rows["class_pixels"]))
+    class_ids, class_pixels = (_lists(rows[name]) for name in ("class_ids", "class_pixels"))
+    of_class = groups.take(class_ids.value_parent_indices())
+    of_class = of_class.append_column("class_id", class_ids.flatten())
+    of_class = of_class.append_column("pixels", class_pixels.flatten())
     images = groups.group_by(_GROUP).aggregate([([], "count_all")])
     pixels = of_class.group_by([*_GROUP, "class_id"]).aggregate([([], "count_all"), ("pixels", "sum")])
     return images, pixels
+
+
+def _lists(column: pa.ChunkedArray) -> Any:
+    """A column of lists as one array."""
+    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
 
 
 def _table(images: list[pa.Table], pixels: list[pa.Table], model: str | None, classes: Classes | None) -> pa.Table:

@@ -36,9 +36,22 @@ PREDICTION_SCHEMA = pa.schema(
         ("error", pa.string()),
     ]
 )
+# What further columns a row may have; `pipeline.mask_products` makes them where they are asked for.
+PRODUCT_COLUMNS = pa.schema(
+    [
+        ("polygons", pa.string()),
+        ("confidence_map", pa.binary()),
+        ("top_classes", pa.list_(pa.binary())),
+        ("top_probabilities", pa.list_(pa.binary())),
+        ("overlay_uri", pa.string()),
+    ]
+)
+ALL_COLUMNS = pa.schema([*PREDICTION_SCHEMA, *PRODUCT_COLUMNS])
 KEY = ("image_uri", "version", "model_id")  # stands once among all rows at a place
 
 RGB = tuple[int, int, int]
+OTHER_COLOUR: RGB = (224, 224, 192)  # as Pascal VOC draws what is of no class
+_PIXELS_AT_ONCE = 2**20  # of an overlay: colours are made as floats
 
 
 def dtype(num_classes: int) -> np.dtype:
@@ -46,25 +59,35 @@ def dtype(num_classes: int) -> np.dtype:
     return np.dtype(np.uint8 if num_classes <= PALETTE_CLASSES else np.uint16)
 
 
+def other_id(num_classes: int) -> int:
+    """The id of pixels that are of none of the classes that were asked for: 255, or 65535 above 255 classes."""
+    return 255 if num_classes <= 255 else 65535
+
+
 def encode_mask(class_map: np.ndarray, palette: Sequence[RGB]) -> bytes:
     """A class map as the PNG of a prediction row.
 
     Args:
-        class_map: (H, W) class ids from 0 to `len(palette) - 1`, integers of any width.
+        class_map: (H, W) class ids from 0 to `len(palette) - 1`, and `other_id`; integers of any width.
         palette: colour of each class. Up to 256 classes make an 8-bit PNG that carries the palette, so that it opens as
-            a picture; more make a 16-bit grey one.
+            a picture; more make a 16-bit grey one, as do 256 with other pixels.
 
     Raises:
         ValueError: for an array that is not such a class map.
     """
     if class_map.ndim != 2 or not np.issubdtype(class_map.dtype, np.integer):
         raise ValueError(f"A class map is (H, W) integers, got {class_map.dtype} of shape {class_map.shape}.")
-    if class_map.size and not 0 <= class_map.min() <= class_map.max() < len(palette):
+    lowest, highest = (int(class_map.min()), int(class_map.max())) if class_map.size else (0, 0)
+    other, colours = other_id(len(palette)), list(palette)
+    if highest == other:
+        colours += [(0, 0, 0)] * (other - len(palette)) + [OTHER_COLOUR]
+        highest = int(class_map.max(where=class_map != other, initial=0))
+    if lowest < 0 or highest >= len(palette):
         raise ValueError(
-            f"The class map has ids from {class_map.min()} to {class_map.max()}, but the palette has colours for "
+            f"The class map has ids from {lowest} to {highest}, but the palette has colours for "
             f"0 to {len(palette) - 1}: give the palette of the model that made it."
         )
-    return encode_png(class_map.astype(dtype(len(palette))), list(palette))  # a palette fits uint8 only
+    return encode_png(class_map.astype(dtype(len(colours))), colours)  # a palette fits uint8 only
 
 
 def decode(row: Mapping[str, Any]) -> np.ndarray:
@@ -78,7 +101,39 @@ def decode(row: Mapping[str, Any]) -> np.ndarray:
             f"{row.get('image_uri')} has no mask: {row.get('status')}, {row.get('error')}. "
             f"Read with filter=pyarrow.compute.field('status') == '{OK}' to get rows with masks only."
         )
-    with Image.open(io.BytesIO(row["mask"])) as image:
+    return _decoded(row["mask"])
+
+
+def decode_confidence(row: Mapping[str, Any]) -> np.ndarray:
+    """The probability of the winning class at each pixel of a prediction row: (H, W) float32 in steps of 1/255.
+
+    Raises:
+        ValueError: if the row has none.
+    """
+    if row.get("confidence_map") is None:
+        raise ValueError(f"{row.get('image_uri')} has no confidence map: segment with products.confidence_map.")
+    return _decoded(row["confidence_map"]).astype(np.float32) / 255
+
+
+def decode_top(row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """The most probable classes of each pixel of a prediction row, most probable first, and their probabilities.
+
+    Returns:
+        (k, H, W) class ids, uint8 or uint16, and (k, H, W) float32 in steps of 1/255.
+
+    Raises:
+        ValueError: if the row has none.
+    """
+    if row.get("top_classes") is None:
+        raise ValueError(f"{row.get('image_uri')} has no most probable classes: segment with products.top_k.")
+    classes, probabilities = (
+        np.stack([_decoded(png) for png in row[f"top_{name}"]]) for name in ("classes", "probabilities")
+    )
+    return classes, probabilities.astype(np.float32) / 255
+
+
+def _decoded(png: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(png)) as image:
         return np.array(image, dtype=np.uint16 if image.mode.startswith("I") else np.uint8)
 
 
@@ -86,12 +141,13 @@ def open_masks(url: str) -> pads.Dataset:
     """The prediction rows at `url` as an Arrow dataset, which reads only the columns and files that are asked for.
 
     Its files are those of this moment; if a run replaces some before they are read, reading fails: open it again, or
-    use `read_masks`, which does. A place that nothing was written to yet has no rows.
+    use `read_masks`, which does. A place that nothing was written to yet has no rows. Of `PRODUCT_COLUMNS`, those that
+    the run which made a row was not asked for are null.
     """
     url = storage.absolute(url)
     filesystem, _ = storage.arrow_filesystem(url)
     paths = [storage.split(file)[1] for file in mask_store.files(url)]
-    return pads.dataset(paths, schema=PREDICTION_SCHEMA, filesystem=filesystem, format="parquet")
+    return pads.dataset(paths, schema=ALL_COLUMNS, filesystem=filesystem, format="parquet")
 
 
 def read_masks(url: str, filter: pc.Expression | None = None, columns: Sequence[str] | None = None) -> pa.Table:
@@ -100,7 +156,7 @@ def read_masks(url: str, filter: pc.Expression | None = None, columns: Sequence[
     Args:
         url: the output place of a segmentation.
         filter: which rows, e.g. `pyarrow.compute.field("status") == "ok"`; all by default.
-        columns: which columns of `PREDICTION_SCHEMA`; all by default.
+        columns: which columns of `ALL_COLUMNS`; all by default.
 
     Raises:
         StorageError: if the store fails, or a run changes the rows faster than they can be read.
@@ -118,7 +174,7 @@ def overlay(image: np.ndarray, class_map: np.ndarray, palette: Sequence[RGB], al
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        class_map: (H, W) class ids.
+        class_map: (H, W) class ids; pixels of `other_id` are not tinted.
         palette: colour of each class.
         alpha: weight of the colours, 0 (only the photograph) to 1 (only the colours).
 
@@ -134,5 +190,13 @@ def overlay(image: np.ndarray, class_map: np.ndarray, palette: Sequence[RGB], al
         )
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}: give a weight from 0 to 1.")
-    colours = np.asarray(palette, np.float32)[class_map]  # (H, W, 3)
-    return np.rint((1 - alpha) * image + alpha * colours).astype(np.uint8)
+    tinted = np.empty_like(image)
+    colours, other = np.asarray(palette, np.float32), other_id(len(palette))
+    rows_at_once = max(1, _PIXELS_AT_ONCE // max(1, image.shape[1]))
+    for top in range(0, len(image), rows_at_once):
+        rows = slice(top, top + rows_at_once)
+        is_other = class_map[rows] == other
+        tint = colours[np.where(is_other, 0, class_map[rows])]  # (rows, W, 3)
+        blended = np.rint((1 - alpha) * image[rows] + alpha * tint).astype(np.uint8)
+        tinted[rows] = np.where(is_other[..., None], image[rows], blended)
+    return tinted

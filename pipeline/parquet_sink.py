@@ -105,6 +105,18 @@ def write_table(url: str, table: pa.Table) -> None:
     file.store(url)
 
 
+def read_table(url: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of one Parquet file.
+
+    Raises:
+        StorageError: if it is not there, or the store fails.
+    """
+    with storage.explained(url):
+        filesystem, path = storage.arrow_filesystem(url)
+        with pq.ParquetFile(path, filesystem=filesystem) as file:
+            return file.read(None if columns is None else list(columns))
+
+
 class BufferedParquet:
     """A Parquet file that is written in memory, and stored atomically when it is whole.
 

@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import ray.data
@@ -15,6 +15,7 @@ import torch
 from pipeline import storage
 from pipeline.cluster import IO_TASK_CPUS, require_capacity
 from pipeline.errors import PipelineError
+from pipeline.mask_products import ProductsConfig
 from pipeline.run_record import identity
 from rssnet import RSSNet
 from rssnet.classes import Classes
@@ -22,6 +23,7 @@ from rssnet.inference import Predictor
 from rssnet.serialization import CLASSES, CONFIG, WEIGHTS
 
 _INFERENCE = "inference.json"
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,11 @@ class InferenceConfig:
         window_batch: windows in one forward pass. Changes speed and memory, not the masks.
         scales: the probabilities at these scales of the image are averaged; where training gave none, 1 alone.
         flip: average with the mirrored image too; where training did not say, no.
+        precision: fp32, or bf16 for bfloat16 autocast, which is faster on GPUs and tips pixels between classes that are
+            about as probable; where training did not say, fp32.
+        compile: let torch.compile make the model faster, after minutes of compiling in each worker. Changes speed, and
+            the masks no more than another `window_batch` does.
+        channels_last: lay the model out as convolutions on GPUs like it. Changes speed, not the masks.
     """
 
     crop_size: tuple[int, int] | None = None
@@ -43,6 +50,9 @@ class InferenceConfig:
     window_batch: int = field(default=8, metadata={"identity": False})
     scales: tuple[float, ...] | None = None
     flip: bool | None = None
+    precision: Literal["fp32", "bf16"] | None = None
+    compile: bool = field(default=False, metadata={"identity": False})
+    channels_last: bool = field(default=False, metadata={"identity": False})
 
 
 def write_inference(folder: Path, inference: InferenceConfig) -> None:
@@ -72,10 +82,10 @@ def inference_of(model_url: str, inference: InferenceConfig) -> InferenceConfig:
     return replace(inference, **{**missing, **given})
 
 
-def model_id(model_url: str, inference: InferenceConfig) -> str:
-    """Short digest of what the masks depend on: weights, model configuration, classes and inference settings.
+def model_id(model_url: str, inference: InferenceConfig, products: ProductsConfig | None = None) -> str:
+    """Short digest of what the rows depend on: weights, model configuration, classes, inference settings and products.
 
-    The same model copied to another place keeps its id.
+    The same model copied to another place keeps its id. So does one without products, whether or not it is said.
 
     Raises:
         PipelineError: if there is no model at `model_url`.
@@ -83,8 +93,22 @@ def model_id(model_url: str, inference: InferenceConfig) -> str:
     digest = hashlib.sha256()
     for name in (CONFIG, CLASSES, WEIGHTS):
         digest.update(hashlib.sha256(_model_file(model_url, name)).digest())
-    digest.update(json.dumps(identity(inference_of(model_url, inference)), sort_keys=True).encode())
+    settings = _with_defaults(inference_of(model_url, inference))
+    digest.update(json.dumps(identity(settings), sort_keys=True).encode())
+    made = identity(products or ProductsConfig())
+    if made != identity(ProductsConfig()):
+        digest.update(json.dumps(made, sort_keys=True).encode())
     return digest.hexdigest()[:16]
+
+
+def _with_defaults(inference: InferenceConfig) -> InferenceConfig:
+    """What neither the caller nor training has said, so that saying it makes no other id."""
+    return replace(
+        inference,
+        scales=(1.0,) if inference.scales is None else inference.scales,
+        flip=bool(inference.flip),
+        precision=inference.precision or "fp32",
+    )
 
 
 def model_classes(model_url: str) -> Classes:
@@ -99,10 +123,15 @@ def model_classes(model_url: str) -> Classes:
         raise PipelineError(f"The model at {model_url} has a broken {CLASSES}: {error}") from error
 
 
-def load_predictor(model_url: str, inference: InferenceConfig) -> Predictor:
+def load_predictor(model_url: str, inference: InferenceConfig, top_k: int = 1) -> Predictor:
     """The model as a predictor: on the GPU that Ray has given to this worker, else on as many threads as it gave CPUs.
 
     Outside Ray's workers it runs on the CPU, with as many threads as torch has been told to use.
+
+    Args:
+        model_url: URL of a saved model.
+        inference: how it is applied.
+        top_k: how many classes of each pixel are kept.
 
     Raises:
         PipelineError: if there is no model at `model_url`, it is broken, or it refuses the inference settings.
@@ -114,20 +143,29 @@ def load_predictor(model_url: str, inference: InferenceConfig) -> Predictor:
     try:
         model = RSSNet.from_pretrained(model_url)
         model = model.eval().to("cuda" if resources.get("GPU") else "cpu")
-        return predictor_of(model, inference_of(model_url, inference))
+        if inference.channels_last:
+            model = model.to(memory_format=torch.channels_last)  # what the weights are, cuDNN makes of the images
+        return predictor_of(model, inference_of(model_url, inference), top_k)
     except (ValueError, OSError) as error:
         raise PipelineError(f"The model at {model_url} cannot be used: {error}") from error
 
 
-def predictor_of(model: RSSNet, inference: InferenceConfig) -> Predictor:
-    """A model in memory as a predictor; ValueError for settings that it refuses."""
+def predictor_of(model: RSSNet, inference: InferenceConfig, top_k: int = 1) -> Predictor:
+    """A model in memory as a predictor; ValueError for settings that it refuses. The model's layout stays."""
+    settings = _with_defaults(inference)
+    if settings.precision not in _DTYPES:
+        raise ValueError(f"precision is {settings.precision!r}: give one of {', '.join(_DTYPES)}.")
+    assert settings.scales is not None
     return Predictor(
         model,
-        crop_size=inference.crop_size,
-        stride=inference.stride,
-        window_batch=inference.window_batch,
-        scales=(1.0,) if inference.scales is None else inference.scales,
-        flip=bool(inference.flip),
+        crop_size=settings.crop_size,
+        stride=settings.stride,
+        window_batch=settings.window_batch,
+        scales=settings.scales,
+        flip=bool(settings.flip),
+        dtype=_DTYPES[settings.precision],
+        top_k=top_k,
+        compile=settings.compile,
     )
 
 
@@ -138,39 +176,75 @@ class PredictorActor:
     and a broken model would end in a traceback instead of its one sentence.
     """
 
-    def __init__(self, model_url: str, inference: InferenceConfig) -> None:
-        self.model_url, self.inference = model_url, inference
+    def __init__(self, model_url: str, inference: InferenceConfig, top_k: int = 1) -> None:
+        self.model_url, self.inference, self.top_k = model_url, inference, top_k
 
     @functools.cached_property
     def predictor(self) -> Predictor:
         """The model, on this worker's device."""
-        return load_predictor(self.model_url, self.inference)
+        return load_predictor(self.model_url, self.inference, self.top_k)
 
 
-def predictor_pool(workers: int, cpus_per_worker: float, use_gpu: bool, batch_size: int) -> dict[str, Any]:
-    """The arguments of `Dataset.map_batches` for a fixed number of actors that hold a predictor each.
+def predictor_pool(
+    workers: int,
+    cpus_per_worker: float,
+    use_gpu: bool,
+    batch_size: int,
+    *,
+    min_workers: int | None = None,
+    gpus_per_worker: float = 1.0,
+) -> dict[str, Any]:
+    """The arguments of `Dataset.map_batches` for a pool of actors that hold a predictor each.
+
+    Args:
+        workers: how many actors; with `min_workers`, at most.
+        cpus_per_worker: CPUs of each.
+        use_gpu: whether each has a GPU, or a part of one.
+        batch_size: images that an actor gets at a time.
+        min_workers: start with so many, and add others as long as images wait and the cluster has room. Without it
+            there are always `workers`.
+        gpus_per_worker: with `use_gpu`, GPUs of each actor: a part of one, 0.5 for two actors that share it, or a whole
+            number. Ray counts the parts; that the models fit into the memory together is the caller's to see to.
 
     Raises:
-        PipelineError: if a number is out of range, or this machine can never hold them beside the task that feeds them.
-            A cluster that was joined by its address may still grow, so there the wait is announced instead.
+        PipelineError: if a number is out of range, or this machine can never hold the fewest workers beside the task
+            that feeds them. A cluster that was joined by its address may still grow, so there the wait is announced.
     """
     if workers < 1 or cpus_per_worker <= 0 or batch_size < 1:
         raise PipelineError(
             f"workers is {workers}, cpus_per_worker is {cpus_per_worker} and batch_size is {batch_size}: "
             "give at least 1, more than 0, and at least 1."
         )
+    fewest = workers if min_workers is None else min_workers
+    if not 1 <= fewest <= workers:
+        raise PipelineError(f"min_workers is {min_workers}: give 1 or more, and at most the {workers} of workers.")
+    if not (0 < gpus_per_worker <= 1 or (gpus_per_worker > 1 and float(gpus_per_worker).is_integer())):
+        raise PipelineError(
+            f"gpus_per_worker is {gpus_per_worker:g}: give a part of a GPU, such as 0.5, or a whole number of them; "
+            "without use_gpu no worker has any."
+        )
     require_capacity(
-        cpus=workers * cpus_per_worker + IO_TASK_CPUS,
-        gpus=workers if use_gpu else 0,
-        what=f"{workers} workers and what feeds them",
+        cpus=fewest * cpus_per_worker + IO_TASK_CPUS,
+        gpus=_whole_gpus(fewest, gpus_per_worker) if use_gpu else 0,
+        what=f"{fewest} workers and what feeds them",
         remedy="lower workers or cpus_per_worker, or join a larger cluster",
     )
+    fixed = fewest == workers
     return {
-        "compute": ray.data.ActorPoolStrategy(size=workers),
+        "compute": ray.data.ActorPoolStrategy(size=workers)
+        if fixed
+        else ray.data.ActorPoolStrategy(min_size=fewest, max_size=workers),
         "num_cpus": cpus_per_worker,
-        "num_gpus": 1 if use_gpu else 0,
+        "num_gpus": gpus_per_worker if use_gpu else 0,
         "batch_size": batch_size,
     }
+
+
+def _whole_gpus(workers: int, gpus_per_worker: float) -> int:
+    """How many GPUs so many workers take up: no worker has parts of two."""
+    if gpus_per_worker > 1:
+        return workers * int(gpus_per_worker)
+    return math.ceil(workers / math.floor(1 / gpus_per_worker + 1e-9))
 
 
 def _model_file(model_url: str, name: str) -> bytes:

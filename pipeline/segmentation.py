@@ -1,267 +1,286 @@
-"""Batch segmentation: every new or changed image below a URL becomes a row of masks, exactly once.
+"""Batch segmentation: every new or changed image of a source becomes a row of masks, exactly once.
 
 What makes a row stand once, whatever is killed:
 
-- Only listed (image, version) pairs without a row of this model are segmented, so a run goes on where one was killed.
-- A file of rows appears whole or not at all, and is named after its rows: a task that Ray repeats replaces its file.
-- A run takes the turn at its output before it looks which rows are there. Tasks of a killed run, or of one that another
-  has overtaken, write nothing any more; what one of them was just writing when it lost the turn, it deletes again.
-
-No store has a write that depends on another object, so a gap is left. If a task loses the turn while it writes a file,
-readers may see its rows beside those of the new run for the moment from the write to the deletion, milliseconds; should
-its process be killed just then, both stay. If the new run has looked in that moment, or writes a file of the very same
-rows, the deletion takes rows that it counts on: it looks again at its end, fails, and the next run makes what is
-missing.
+- One run at a time has the lease of an output; a second one says who has it, and leaves.
+- Only images whose (URI, version) has no row of this model are segmented, so a run goes on where one was killed.
+- Tasks stage files; the driver commits them in transactions, each image of the run once (`pipeline.mask_store`,
+  `pipeline.mask_stager`). A run that has lost its lease cannot commit any more.
 
 An image that cannot be used is a row that says why, and stays. One that storage did not give, that was overwritten or
 deleted between listing and reading, or that the model failed on, is a row too, but the next run takes it away and tries
 again: whether memory is enough depends on the machine and on settings that leave the model's id as it is.
+
+The driver holds a byte for each image that is to be segmented, and the names of the output's files: 100 million images
+take it 100 MB. What the cluster compares is divided (`pipeline.census`).
 """
 
+import contextlib
 import dataclasses
-import fnmatch
-import hashlib
+import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray.data
-import torch
 
-from pipeline import mask_store, masks, storage
+from pipeline import image_sources, mask_store, masks, storage
+from pipeline.census import Census, Pending
 from pipeline.cluster import IO_TASK_CPUS, connected
 from pipeline.errors import PipelineError
-from pipeline.parquet_sink import file_name, write_table
-from pipeline.prediction import (
-    InferenceConfig,
-    PredictorActor,
-    model_classes,
-    model_id,
-    predictor_pool,
-)
-from pipeline.prediction_rows import (
-    CLASS_MAPS,
-    INFERENCE_ERROR,
-    STORAGE_ERROR,
-    TRIED_AGAIN,
-    TURN_FILE,
-    MaskEncoder,
-    MaskSink,
-    Summary,
-    read_images,
-)
+from pipeline.image_sources import STORAGE_ERROR, ImageSource, Kind, Part
+from pipeline.lease import Held, Lease
+from pipeline.mask_changes import compact, take_away
+from pipeline.mask_products import ProductsConfig
+from pipeline.mask_stager import ROWS_PER_FILE, Ledger, MaskStager, in_rounds
+from pipeline.mask_store import MaskStore
+from pipeline.prediction import InferenceConfig, model_classes, model_id, predictor_pool
+from pipeline.prediction_rows import INFERENCE_ERROR, NUMBER, SLICES, MaskEncoder, Summary, read_images
 from pipeline.progress import Progress, announce
-from pipeline.run_record import RunRecord, finished_record, record_run
-from pipeline.storage import StoredObject
-from rssnet.inference import Prediction, Predictor
+from pipeline.run_record import RunRecord, finished_record, record_run, refuse_other_workflow
+from pipeline.segmenter import Segmenter
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 WORKFLOW = "segment"
-LISTED = pa.schema([("image_uri", pa.string()), ("version", pa.string())])
+COMPACT_FOLDER = "compaction"  # of the record of a run that does nothing else
+ROUND_IMAGES = 200_000  # in one execution of Ray Data, whose bookkeeping grows with what it has done
+MOST_TOGETHER = 32  # images that a task reads
+TASKS_AT_LEAST = 64  # that a smaller number of images is divided into
+BLOCK_BYTES = 16 * 2**20  # of decoded images, from which on a task hands them over
 
 
 @dataclass(frozen=True)
 class SegmentConfig:
-    """Segment every image below a URL that this model has not segmented yet.
+    """Segment every image of a source that this model has not segmented yet.
 
     Args:
         model: URL of a saved model.
-        images: URL of the images; everything below it is looked at.
+        images: URL of the images: a folder or prefix, a manifest of URLs, a canonical dataset, or tar files.
         out: URL that masks are added to; the same one may be used again for more images or another model.
+        source: which of these `images` is; auto sees a tar file, a manifest (.csv, .txt, .parquet, or the manifest.json
+            of an S3 Inventory) and a dataset, and takes everything else for a prefix.
         include: patterns such as `*/front/*`, matched against the place below `images`; one of them must fit.
         exclude: patterns of which none may fit.
         inference: how the model is applied.
+        products: what rows hold beside the mask, and how the mask is simplified.
         workers: processes that hold a model each.
         use_gpu: give each of them a GPU.
         cpus_per_worker: CPUs, and threads, for each of them.
         batch_size: images that a worker gets at a time.
+        replace_model: at the end, take away the rows of other models for the images that have a row of this one.
+        prune: take away the rows of images that are deleted or overwritten, and record them in `pruned/`.
+        compact: at the end, merge small files of rows; without `model` and `images`, do nothing else.
         new: start afresh: delete every mask at the output, of any model, and segment all images.
     """
 
-    model: str
-    images: str
-    out: str
+    model: str = ""
+    images: str = ""
+    out: str = ""
+    source: Kind = "auto"
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     inference: InferenceConfig = field(default_factory=InferenceConfig)
+    products: ProductsConfig = field(default_factory=ProductsConfig)
     workers: int = field(default=1, metadata={"identity": False})
     use_gpu: bool = field(default=False, metadata={"identity": False})
     cpus_per_worker: float = field(default=1, metadata={"identity": False})
     batch_size: int = field(default=4, metadata={"identity": False})
+    replace_model: bool = False
+    prune: bool = False
+    compact: bool = False
     new: bool = field(default=False, metadata={"identity": False})
 
-    def wants(self, url: str) -> bool:
-        """Whether an object below `images` is asked for: an image by its suffix, and by the patterns."""
-        place = url[len(self.images) :].lstrip("/") or url.rpartition("/")[2]
-        return (
-            url.lower().endswith(SUFFIXES)
-            and any(fnmatch.fnmatchcase(place, pattern) for pattern in self.include)
-            and not any(fnmatch.fnmatchcase(place, pattern) for pattern in self.exclude)
-        )
+    def __post_init__(self) -> None:
+        if not self.out:
+            raise ValueError("out is not given: name the place of the masks.")
+        if bool(self.model) != bool(self.images) or not (self.model or self.compact):
+            raise ValueError("model and images go together: give both, or neither with compact true.")
 
 
 def segment(config: SegmentConfig) -> RunRecord:
     """Segment what is new or changed since the last run, and add it to the masks at `config.out`.
 
-    A changed input is no other work here, unlike in the other stages: rows are only added. Rows of images that are
-    gone, of older versions and of other models stay.
+    A changed input is no other work here, unlike in the other stages: rows are only added, unless the configuration
+    says what is to be taken away.
 
     Raises:
-        PipelineError: if the model, the images or the output cannot serve, if another run has begun at the same output,
-            or if storage gave no image or the model failed on all that it was given, now as before.
+        Held: if another run has the output, and lives.
+        PipelineError: if the model, the images or the output cannot serve, or if storage gave no image or the model
+            failed on all that it was given, now as before.
     """
-    config = dataclasses.replace(
-        config,
-        model=storage.absolute(config.model),
-        images=storage.absolute(config.images),
-        out=storage.absolute(config.out),
-    )
-    listing = _Listing.of(config)
-    model = model_id(config.model, config.inference)
-    inputs = {"model": model, "images": listing.digest()}
-    if not config.new:
-        finished = finished_record(config.out, WORKFLOW, config, inputs)
-        if finished and not _pending(listing, _Rows.of(config.out, model)).num_rows:
-            announce(
-                f"nothing new: all {len(listing.images)} images of {config.images} have their rows in {config.out}"
-            )
-            return finished
-    with record_run(config.out, WORKFLOW, config, inputs, [mask_store.FOLDER], keep=not config.new) as record:
-        storage.write_json(storage.join(config.out, TURN_FILE), {"run_id": record.run_id})
-        rows = _Rows.of(config.out, model)  # only now: what another run wrote until it lost the turn is in it
-        pending = _pending(listing, rows)
-        record.counts = {
-            "listed": len(listing.images),
-            "other_files": listing.others,
-            "done_before": len(listing.images) - pending.num_rows,
-        }
-        announce(
-            f"  {pending.num_rows} of {len(listing.images)} images are new to model {model}, "
-            f"{listing.others} other files are passed over"
+    places = {
+        name: storage.absolute(getattr(config, name)) for name in ("model", "images", "out") if getattr(config, name)
+    }
+    config = dataclasses.replace(config, **places)
+    run_id = uuid.uuid4().hex
+    refuse_other_workflow(config.out, WORKFLOW)
+    if not config.model:
+        return _compact_alone(config, run_id)
+    model = model_id(config.model, config.inference, config.products)
+    config.products.require(model_classes(config.model).names)
+    source = image_sources.resolved(ImageSource(config.images, config.source, config.include, config.exclude))
+    parts = image_sources.parts(source)
+    if config.prune and source.kind == "manifest":
+        raise PipelineError(
+            f"prune is true, but {source.images} is a manifest, and what it does not name need not be deleted: leave "
+            "prune out, or give the prefix of the images."
         )
-        rows.retire_tried_again(config)
-        summary = Summary.total([])
-        if pending.num_rows:
-            with connected():
-                summary = _segment_pending(config, model, pending, record.run_id)
-        _finish(record, model, summary, rows)
-        _require_all_rows(config, listing, model, summary)
-    announce(f"segmented {config.images} into {config.out} ({_counts_text(record.counts)})")
+    with connected():
+        pool = predictor_pool(config.workers, config.cpus_per_worker, config.use_gpu, config.batch_size)
+        with Lease(config.out, run_id) as lease, MaskStore(config.out, run_id) as store:
+            return _Run(config, model, source, parts, pool, store, lease).run()
+
+
+def segment_in_turn(config: SegmentConfig) -> None:
+    """As `segment`, but that another run has the output is no failure: what is new will be its, or the next one's."""
+    try:
+        segment(config)
+    except Held as held:
+        announce(str(held))
+
+
+def _compact_alone(config: SegmentConfig, run_id: str) -> RunRecord:
+    place = storage.join(config.out, COMPACT_FOLDER)
+    with (
+        connected(),
+        Lease(config.out, run_id),
+        MaskStore(config.out, run_id) as store,
+        record_run(place, f"{WORKFLOW} --compact", config, {}, [], run_id=run_id) as record,
+    ):
+        record.counts = _compacted(store)
     return record
 
 
-@dataclass(frozen=True)
-class _Listing:
-    """The images below a URL as they are now, and how many other objects there are."""
-
-    images: list[StoredObject]
-    others: int
-
-    @classmethod
-    def of(cls, config: SegmentConfig) -> "_Listing":
-        images, others = [], 0
-        for item in storage.list_objects(config.images):
-            if config.wants(item.url):
-                images.append(item)
-            else:
-                others += 1
-        if not images and not others and not storage.exists(config.images):
-            raise PipelineError(f"There is nothing at {config.images}: correct the URL of the images.")
-        return cls(images, others)
-
-    def digest(self) -> str:
-        """Fingerprint of the images and their versions."""
-        digest = hashlib.sha256()
-        for item in self.images:
-            digest.update(f"{item.url}\0{item.version}\n".encode())
-        return digest.hexdigest()
-
-    def table(self) -> pa.Table:
-        """The images as rows of `LISTED`."""
-        columns = [[item.url for item in self.images], [item.version for item in self.images]]
-        return pa.table([pa.array(column, pa.string()) for column in columns], schema=LISTED)
+def _compacted(store: MaskStore) -> dict[str, int]:
+    before, after = compact(store)
+    announce(f"merged {before} files of {store.url} into {after}" if before else f"no small files in {store.url}")
+    return {"files_merged": before, "files_made": after}
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """What a model has at an output: the keys of the rows that stand, and the files of those to be tried again."""
+class _Run:
+    """One run that has the lease of its output."""
 
-    url: str
-    done: pa.Table
-    any_mask: bool
-    replaced_files: list[str]
+    config: SegmentConfig
+    model: str
+    source: ImageSource
+    parts: list[Part]
+    pool: dict[str, Any]
+    store: MaskStore
+    lease: Lease
 
-    @classmethod
-    def of(cls, url: str, model: str) -> "_Rows":
-        columns = [*LISTED.names, "status", "__filename"]
-        found = masks.open_masks(url).to_table(columns=columns, filter=pc.field("model_id") == model)
-        replaced = pc.field("status").isin(TRIED_AGAIN)
-        files = {path.rpartition("/")[2] for path in found.filter(replaced)["__filename"].to_pylist()}
-        any_mask = masks.OK in found["status"].unique().to_pylist()
-        return cls(url, found.filter(~replaced).select(LISTED.names), any_mask, sorted(files))
+    def run(self) -> RunRecord:
+        config, store = self.config, self.store
+        if config.new:
+            store.commit(remove=[place[len(config.out) :].lstrip("/") for place in mask_store.files(config.out)])
+        pending = Census(self.parts, config.out, self.model).pending(store.work)
+        inputs = {"model": self.model, "images": pending.fingerprint}
+        finished = finished_record(config.out, WORKFLOW, config, inputs)
+        if finished and not pending.images and not config.new:
+            announce(f"nothing new: all {pending.listed} images of {config.images} have their rows in {config.out}")
+            return finished
+        outputs = [mask_store.FOLDER]
+        with record_run(config.out, WORKFLOW, config, inputs, outputs, run_id=store.run_id) as record:
+            self._work(record, pending)
+        announce(f"segmented {config.images} into {config.out} ({_counts_text(record.counts)})")
+        return record
 
-    def retire_tried_again(self, config: SegmentConfig) -> None:
-        """Take away the rows that this run tries again, or whose objects it no longer finds.
+    def _work(self, record: RunRecord, pending: Pending) -> None:
+        config = self.config
+        done_before = pending.listed - pending.images
+        record.counts = {"listed": pending.listed, "other_files": pending.others, "done_before": done_before}
+        if pending.listed_twice:
+            record.counts["listed_twice"] = pending.listed_twice
+        announce(
+            f"  {pending.images} of {pending.listed} images are new to model {self.model}, "
+            f"{pending.others} other files are passed over"
+        )
+        take_away(self.store, pending.outdated)
+        _conclude(record, self.model, self._segmented(pending) if pending.images else Summary.total([]), pending)
+        if config.replace_model or config.prune:
+            census = Census(self.parts, config.out, None)
+            if config.replace_model:
+                replaced = census.superseded(self.model)
+                take_away(self.store, replaced)
+                record.counts["replaced"] = replaced.count
+            if config.prune:
+                gone = census.gone(self.source)
+                take_away(self.store, gone, record=True)
+                record.counts["pruned"] = gone.count
+        if config.compact:
+            record.counts |= _compacted(self.store)
 
-        They stand in files without other rows. What is taken away here and not written again, because the run is
-        killed, has no row, which is how the next run knows that it is pending.
-        """
-        for name in self.replaced_files:
-            place = storage.join(self.url, mask_store.FOLDER, name)
-            filesystem, path = storage.arrow_filesystem(place)
-            table = pq.read_table(path, filesystem=filesystem, schema=masks.PREDICTION_SCHEMA)
-            elsewhere = [
-                not _below(config.images, uri) or not config.wants(uri) for uri in table["image_uri"].to_pylist()
-            ]
-            if not all(elsewhere):
-                storage.delete(place)
-                kept = table.filter(pa.array(elsewhere))
-                if kept.num_rows:
-                    write_table(storage.join(self.url, mask_store.FOLDER, file_name(kept, masks.KEY)), kept)
+    def _segmented(self, pending: Pending) -> Summary:
+        """Read, segment, encode, stage and commit."""
+        ledger = Ledger(self.store, pending.images)
+        slices = _slices(pending, self.config.batch_size)
+        with Progress("segment", pending.images, "images") as progress, _small_blocks():
+            for together in in_rounds([slice["stop"] - slice["start"] for slice in slices], ROUND_IMAGES):
+                for staged in self._staged(slices[together.start : together.stop]):
+                    self.lease.require()
+                    progress.reporter.advance(ledger.take(staged))
+                    ledger.commit_if_due()
+            ledger.commit()
+        if ledger.missing:
+            raise AssertionError(f"{ledger.missing} of {pending.images} images have no row: some are lost")
+        return ledger.summary
 
-
-def _below(prefix: str, url: str) -> bool:
-    return url == prefix or url.startswith(f"{prefix.rstrip('/')}/")
-
-
-def _pending(listing: _Listing, rows: _Rows) -> pa.Table:
-    """The listed images that have no row which stands, in the order of their keys."""
-    keys = list(LISTED.names)
-    return listing.table().join(rows.done, keys=keys, join_type="left anti").sort_by("image_uri")
-
-
-def _segment_pending(config: SegmentConfig, model: str, pending: pa.Table, run_id: str) -> Summary:
-    """Read, segment, encode and write."""
-    palette = model_classes(config.model).palette
-    pool = predictor_pool(config.workers, config.cpus_per_worker, config.use_gpu, config.batch_size)
-    blocks = [pending.slice(start, config.batch_size) for start in range(0, pending.num_rows, config.batch_size)]
-    with Progress("segment", pending.num_rows, "images") as progress:
-        sink = MaskSink(config.out, run_id, progress.reporter)
-        (
-            ray.data.from_arrow(blocks)
-            .map_batches(read_images, batch_format="pyarrow", num_cpus=IO_TASK_CPUS)
+    def _staged(self, slices: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Rows of `STAGED`, as they come to be."""
+        config = self.config
+        classes = model_classes(config.model)
+        found = (
+            ray.data.from_arrow([pa.Table.from_pylist([slice], SLICES) for slice in slices])
+            .map_batches(read_images, batch_size=1, batch_format="pyarrow", num_cpus=IO_TASK_CPUS)
             .map_batches(
                 Segmenter,
-                fn_constructor_args=(config.model, config.inference),
+                fn_constructor_args=(config.model, config.inference, config.products),
                 batch_format="pyarrow",
-                **pool,
+                **self.pool,
             )
-            .map_batches(MaskEncoder(model, palette), batch_format="pyarrow", num_cpus=IO_TASK_CPUS)
-            # Another number of CPUs keeps Ray from fusing writing with encoding, which would gather a file's worth of
+            .map_batches(
+                MaskEncoder(self.model, classes.palette, classes.names, config.products),
+                batch_format="pyarrow",
+                num_cpus=IO_TASK_CPUS,
+            )
+            # Another number of CPUs keeps Ray from fusing staging with encoding, which would gather a file's worth of
             # class maps, many times larger than their PNGs.
-            .write_datasink(sink, ray_remote_args={"num_cpus": IO_TASK_CPUS / 2})
+            .map_batches(
+                MaskStager(config.out, self.store.run_id),
+                batch_size=ROWS_PER_FILE,
+                batch_format="pyarrow",
+                num_cpus=IO_TASK_CPUS / 2,
+            )
         )
-    summary = Summary.total(sink.written.summaries)
-    if summary.statuses.total() != pending.num_rows:
-        raise AssertionError(
-            f"{pending.num_rows} images became {summary.statuses.total()} results: some are lost or doubled"
-        )
-    return summary
+        for batch in found.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            yield from cast(pa.Table, batch).to_pylist()
 
 
-def _finish(record: RunRecord, model: str, summary: Summary, before: _Rows) -> None:
+def _slices(pending: Pending, batch_size: int) -> list[dict[str, Any]]:
+    """Rows of `SLICES`: what a task reads at a time; the numbers go through all images."""
+    together = max(1, min(MOST_TOGETHER, max(batch_size, pending.images // TASKS_AT_LEAST)))
+    slices, number = [], 0
+    for file in pending.files:
+        for start in range(0, file.rows, together):
+            stop = min(start + together, file.rows)
+            slices.append({"file": file.url, "start": start, "stop": stop, NUMBER: number + start})
+        number += file.rows
+    return slices
+
+
+@contextlib.contextmanager
+def _small_blocks() -> Iterator[None]:
+    """Let Ray Data hand decoded images over in small blocks, so that memory does not hang on the number of tasks."""
+    context = ray.data.DataContext.get_current()
+    before = context.target_max_block_size
+    context.target_max_block_size = BLOCK_BYTES
+    try:
+        yield
+    finally:
+        context.target_max_block_size = before
+
+
+def _conclude(record: RunRecord, model: str, summary: Summary, pending: Pending) -> None:
     """Put what happened into the record, and refuse to call a run done in which nothing works at all.
 
     A result from before shows that storage works, and a mask that the model does: then what failed this time is
@@ -274,7 +293,7 @@ def _finish(record: RunRecord, model: str, summary: Summary, before: _Rows) -> N
         raise PipelineError(
             f"None of the {statuses.total()} pending images could be read; the first: {failures[0]['error']}"
         )
-    if statuses[INFERENCE_ERROR] and not statuses[masks.OK] and not before.any_mask:
+    if statuses[INFERENCE_ERROR] and not statuses[masks.OK] and not pending.masked:
         error = next((row["error"] for row in failures if row["status"] == INFERENCE_ERROR), "see the rows")
         raise PipelineError(
             f"The model failed on every image that it was given, {statuses[INFERENCE_ERROR]} in all: {error}"
@@ -286,54 +305,5 @@ def _finish(record: RunRecord, model: str, summary: Summary, before: _Rows) -> N
         )
 
 
-def _require_all_rows(config: SegmentConfig, listing: _Listing, model: str, summary: Summary) -> None:
-    """Refuse to call a run done if a task of an overtaken run has deleted rows that this one counts on."""
-    to_be_tried_again = sum(summary.statuses[status] for status in TRIED_AGAIN)
-    missing = _pending(listing, _Rows.of(config.out, model)).num_rows - to_be_tried_again
-    if missing > 0:
-        raise PipelineError(
-            f"{missing} images have lost their rows in {config.out} to a run that this one has overtaken: run again."
-        )
-
-
 def _counts_text(counts: dict[str, int]) -> str:
-    return ", ".join(f"{counts[name]} {name.replace('_', ' ')}" for name in ("listed", "done_before", "ok", "failed"))
-
-
-class Segmenter(PredictorActor):
-    """Rows of `PIXELS` to rows of `CLASS_MAPS`; an image that the model fails on stays a row, with the reason."""
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        rows = batch.drop_columns("pixels").to_pylist()
-        readable = [index for index, row in enumerate(rows) if row["status"] == masks.OK]
-        if readable:
-            self._segment(rows, readable, batch["pixels"])
-        return pa.Table.from_pylist(rows, schema=CLASS_MAPS)
-
-    def _segment(self, rows: list[dict[str, Any]], readable: list[int], pixels: pa.ChunkedArray) -> None:
-        """Add class map and confidence, or why there are none, to the rows that have pixels."""
-        images = [
-            torch.frombuffer(bytearray(pixels[index].as_buffer()), dtype=torch.uint8)
-            .view(rows[index]["height"], rows[index]["width"], 3)
-            .permute(2, 0, 1)  # (3, H, W)
-            for index in readable
-        ]
-        dtype = masks.dtype(self.predictor.model.config.num_classes)
-        for index, prediction in zip(readable, _predictions(self.predictor, images), strict=True):
-            if isinstance(prediction, str):
-                rows[index] |= {"status": INFERENCE_ERROR, "error": prediction}
-            else:
-                rows[index]["class_map"] = prediction.class_map.numpy().astype(dtype).tobytes()
-                rows[index]["confidence"] = prediction.confidence.mean().item()
-
-
-def _predictions(predictor: Predictor, images: list[torch.Tensor]) -> list[Prediction | str]:
-    """The prediction of each image, or why there is none; if the model fails on several together, one by one."""
-    try:
-        return list(predictor(images))
-    except torch.AcceleratorError:
-        raise  # the device is of no use to this process any more: no image's fault
-    except (ValueError, RuntimeError, MemoryError) as error:  # torch's out of memory is a RuntimeError
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    # Only here, after the error and with it the tensors of the failed attempt are gone.
-    return [reason] if len(images) == 1 else [_predictions(predictor, [image])[0] for image in images]
+    return ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in counts.items())

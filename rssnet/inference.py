@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .sliding_window import Axis, ClassMap, Share, most_probable
+from .sliding_window import Axis, ClassMap, Share, most_probable, to_device, to_host
 
 _DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 
@@ -27,12 +27,23 @@ class Prediction:
     """What the model says of one image of H x W pixels.
 
     Attributes:
-        class_map: (H, W) class ids on the CPU, uint8 up to 255 classes and int16 above.
-        confidence: (H, W) float32 on the CPU, the probability of the winning class.
+        top_classes: (top_k, H, W) ids of the most probable classes on the CPU, the winner first; uint8 up to 255
+            classes and int16 above.
+        top_probabilities: (top_k, H, W) float32 on the CPU, the probabilities of these classes.
     """
 
-    class_map: Tensor
-    confidence: Tensor
+    top_classes: Tensor
+    top_probabilities: Tensor
+
+    @property
+    def class_map(self) -> Tensor:
+        """(H, W) class ids: of each pixel the most probable class."""
+        return self.top_classes[0]
+
+    @property
+    def confidence(self) -> Tensor:
+        """(H, W) float32, the probability of the winning class."""
+        return self.top_probabilities[0]
 
 
 class Predictor:
@@ -44,11 +55,12 @@ class Predictor:
     edges. Windows of different images share a batch.
 
     Memory doesn't grow with the height of an image and hardly with its width. Beside the images and results (3 bytes
-    and 5 bytes per pixel) it holds the forward pass of `window_batch` windows and, of the image at work, the K
-    probabilities of a band of its width and a window's height at the resolution of the logits, a copy of them while the
-    band moves on, and those of an eighth of a window's pixels at full resolution: for K = 150 and a crop of 512, 120 MB
-    for a width of 2,500 pixels and 440 MB for one of 10,000. A scale s makes the band 1 / s windows high, for each
-    window is resampled from the image and its probabilities back to the band on its own; no scaled image ever exists.
+    and 5 bytes per pixel, and 5 more for each further class of `top_k`) it holds the forward pass of `window_batch`
+    windows and, of the image at work, the K probabilities of a band of its width and a window's height at the
+    resolution of the logits, a copy of them while the band moves on, and those of an eighth of a window's pixels at
+    full resolution: for K = 150 and a crop of 512, 120 MB for a width of 2,500 pixels and 440 MB for one of 10,000. A
+    scale s makes the band 1 / s windows high, for each window is resampled from the image and its probabilities back to
+    the band on its own; no scaled image ever exists.
 
     Args:
         model: an RSSNet, on the device to use; gives `config.image_size`, `pixel_mean` and `pixel_std`.
@@ -60,6 +72,9 @@ class Predictor:
         scales: factors that the image is scaled by; probabilities are averaged over them.
         flip: whether each window is also seen mirrored left to right.
         dtype: torch.bfloat16 or torch.float16 to run the model under autocast.
+        top_k: how many classes of each pixel are kept with their probabilities; 1 is the winner alone.
+        compile: run the model through torch.compile. Each forward pass then has exactly `window_batch` windows, blank
+            ones filling up the last: another size would be compiled anew.
 
     Raises:
         ValueError: an argument is out of range.
@@ -74,6 +89,8 @@ class Predictor:
         scales: Sequence[float] = (1.0,),
         flip: bool = False,
         dtype: torch.dtype | None = None,
+        top_k: int = 1,
+        compile: bool = False,
     ) -> None:
         self.model: Any = model
         self.crop_size = _pair("crop_size", self.model.config.image_size if crop_size is None else crop_size)
@@ -91,10 +108,16 @@ class Predictor:
             raise ValueError(f"scales must be one or more factors above 0, such as (0.75, 1.0, 1.25), got {scales}.")
         if dtype not in _DTYPES:
             raise ValueError(f"dtype must be torch.bfloat16, torch.float16, torch.float32 or None, got {dtype}.")
+        if top_k < 1:
+            raise ValueError(f"top_k must be at least 1, which is the most probable class, got {top_k}.")
         self.window_batch = window_batch
         self.scales = tuple(scales)
         self.flip = flip
         self.dtype = dtype
+        self.top_k = top_k
+        self._compiled = compile
+        self._run: Any = torch.compile(model, dynamic=False) if compile else model
+        self._colours: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()  # not inference mode: what a model caches (rotary tables) must still serve training
     def __call__(self, images: Sequence[Tensor]) -> list[Prediction]:
@@ -124,12 +147,19 @@ class Predictor:
                 logits = self._forward(torch.stack([window.job.pixels(window) for window in batch]))
                 for window, window_logits in zip(batch, logits, strict=True):
                     window.job.add(window, window_logits)
+        if self.device.type == "cuda":  # the only wait for the device: what it made of all images is on its way
+            torch.cuda.current_stream(self.device).synchronize()
         return [job.prediction() for job in jobs]
 
     def _forward(self, pixels: Tensor) -> Tensor:
+        windows = len(pixels)
+        if self._compiled:
+            pixels = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, self.window_batch - windows))
         autocast = self.dtype not in (None, torch.float32)
         with torch.autocast(pixels.device.type, dtype=self.dtype if autocast else None, enabled=autocast):
-            logits = self.model(pixels).logits
+            logits = self._run(pixels).logits[:windows]
+        if logits.shape[1] < self.top_k:
+            raise ValueError(f"top_k is {self.top_k}, but the model has only {logits.shape[1]} classes.")
         return logits.float()
 
     @property
@@ -139,10 +169,13 @@ class Predictor:
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Pixels (3, h, w) from 0 to 255 as the model takes them, in its dtype."""
-        mean, std = (
-            torch.tensor(values, device=pixels.device)[:, None, None]
-            for values in (self.model.pixel_mean, self.model.pixel_std)
-        )
+        if pixels.device not in self._colours:
+            mean, std = (
+                torch.tensor(values, device=pixels.device)[:, None, None]
+                for values in (self.model.pixel_mean, self.model.pixel_std)
+            )
+            self._colours[pixels.device] = mean, std
+        mean, std = self._colours[pixels.device]
         return ((pixels / 255 - mean) / std).to(next(self.model.parameters()).dtype)
 
 
@@ -193,11 +226,12 @@ class _ImageJob:
         assert self._image is not None, "the image is dropped with its last window"
         rows, columns = self._scales[window.scale]
         (row_range, row_weights), (column_range, column_weights) = rows.pixels(window.top), columns.pixels(window.left)
-        pixels = self._image[:, row_range, column_range].to(self._predictor.device).float()
+        device = self._predictor.device
+        pixels = to_device(self._image[:, row_range, column_range], device).float()  # bytes travel, not floats
         if row_weights is not None:
-            pixels = row_weights.to(pixels.device) @ pixels
+            pixels = to_device(row_weights, device) @ pixels
         if column_weights is not None:
-            pixels = pixels @ column_weights.to(pixels.device).T
+            pixels = pixels @ to_device(column_weights, device).T
         pixels = self._predictor.normalize(pixels)
         # The constant is zero, which is the mean colour once normalised.
         pixels = F.pad(pixels, (0, columns.crop - pixels.shape[2], 0, 0), mode=columns.pad_mode)
@@ -210,7 +244,8 @@ class _ImageJob:
             logits = logits.flip(-1)
         if self._one_look:
             full = F.interpolate(logits[None], size=self._predictor.crop_size, mode="bilinear", align_corners=False)
-            self._finish(*most_probable(full[0, :, : self._size[0], : self._size[1]]))
+            scores = full[0, :, : self._size[0], : self._size[1]]
+            self._finish(*map(to_host, most_probable(scores, self._predictor.top_k)))
             return
         if self._class_map is None:
             self._class_map = self._make_class_map(logits)
@@ -222,8 +257,19 @@ class _ImageJob:
             self._finish(*self._class_map.finish())
 
     def prediction(self) -> Prediction:
-        """The result, after the last window."""
+        """The result, after the last window and, on a CUDA device, its synchronization.
+
+        Raises:
+            ValueError: if the model gave values that are no numbers.
+        """
         assert self._prediction is not None
+        if self._prediction.confidence.isnan().any():
+            dtype = self._predictor.dtype
+            remedy = f" or its dtype overflows: try dtype=torch.bfloat16 or None instead of {dtype}" if dtype else ""
+            raise ValueError(
+                f"the model gave values that are no numbers for an image of {self._size} pixels; its weights hold nan"
+                f"{remedy}."
+            )
         return self._prediction
 
     def _make_class_map(self, logits: Tensor) -> ClassMap:
@@ -234,17 +280,11 @@ class _ImageJob:
             for axes in self._scales
         ]
         pixels_at_once = max(1, crop_height * crop_width // 8)  # more take memory, and no less time
-        return ClassMap(*self._size, len(logits), cell, pixels_at_once, device=logits.device)
+        top_k = self._predictor.top_k
+        return ClassMap(*self._size, len(logits), cell, pixels_at_once, top_k, device=logits.device)
 
-    def _finish(self, classes: Tensor, confidence: Tensor) -> None:
-        if confidence.isnan().any():
-            dtype = self._predictor.dtype
-            remedy = f" or its dtype overflows: try dtype=torch.bfloat16 or None instead of {dtype}" if dtype else ""
-            raise ValueError(
-                f"the model gave values that are no numbers for an image of {self._size} pixels; its weights hold nan"
-                f"{remedy}."
-            )
-        self._prediction = Prediction(classes.cpu(), confidence.cpu())
+    def _finish(self, classes: Tensor, probabilities: Tensor) -> None:
+        self._prediction = Prediction(classes, probabilities)
         self._class_map = self._image = None
 
 

@@ -141,7 +141,7 @@ class Axis:
             shares[start] = Share(int(covered[0]), first_cell, weight[:, None] * interpolation)
         for start, share in shares.items():
             weights = share.weights / weight_sum[share.row : share.row + len(share.weights), None]
-            shares[start] = replace(share, weights=weights.float().to(device))
+            shares[start] = replace(share, weights=to_device(weights.float(), device))
         return shares
 
 
@@ -161,21 +161,30 @@ class Share:
 
 
 class ClassMap:
-    """The class and confidence of every pixel of one image, made from windows that come from top to bottom.
+    """The most probable classes of every pixel of one image, made from windows that come from top to bottom.
 
     Args:
         height, width: of the image, in pixels.
         num_classes: number of classes K.
         cell: side of the grid's cells, in pixels.
         pixels_at_once: how many pixels may have all their K probabilities in memory at full resolution.
+        top_k: how many classes are kept of each pixel.
         device: where probabilities are averaged.
     """
 
     def __init__(
-        self, height: int, width: int, num_classes: int, cell: int, pixels_at_once: int, device: torch.device
+        self,
+        height: int,
+        width: int,
+        num_classes: int,
+        cell: int,
+        pixels_at_once: int,
+        top_k: int,
+        device: torch.device,
     ) -> None:
-        self._classes = torch.empty(height, width, dtype=_class_dtype(num_classes))
-        self._confidence = torch.empty(height, width)
+        pinned = device.type == "cuda"  # so that results come while the device works on
+        self._classes = torch.empty(top_k, height, width, dtype=_class_dtype(num_classes), pin_memory=pinned)
+        self._probabilities = torch.empty(top_k, height, width, pin_memory=pinned)
         self._cell = cell
         self._rows = math.ceil(height / cell)
         self._columns = math.ceil(width / cell)
@@ -200,9 +209,12 @@ class ClassMap:
         self._band[:, top : top + addition.shape[1], left : left + addition.shape[2]] += addition
 
     def finish(self) -> tuple[Tensor, Tensor]:
-        """Class ids and confidence, both (H, W) as from `most_probable` and on the CPU, after the last window."""
+        """Class ids and probabilities, (top_k, H, W) as from `most_probable` and on the CPU, after the last window.
+
+        Of a CUDA device they are there once its current stream is synchronized.
+        """
         self._reduce(self._rows)
-        return self._classes, self._confidence
+        return self._classes, self._probabilities
 
     def _reduce(self, complete_rows: int) -> None:
         """Reduces the rows above `complete_rows`, except one whose interpolation needs the next row."""
@@ -216,11 +228,14 @@ class ClassMap:
             cells = cells.clamp_min(torch.finfo(cells.dtype).tiny).log()
             scores = F.interpolate(cells[None], scale_factor=self._cell, mode="bilinear", align_corners=False)[0]
             scores = scores[:, (start - above) * self._cell : (stop - above) * self._cell]
-            height, width = self._classes.shape
+            top_k, height, width = self._classes.shape
             first_pixel = start * self._cell
-            classes, confidence = most_probable(scores[:, : height - first_pixel, :width])
-            self._classes[first_pixel : first_pixel + len(classes)] = classes.cpu()
-            self._confidence[first_pixel : first_pixel + len(classes)] = confidence.cpu()
+            classes, probabilities = most_probable(scores[:, : height - first_pixel, :width], top_k)
+            rows = slice(first_pixel, first_pixel + classes.shape[1])
+            # One rank at a time: the rows of all of them together lie apart in memory, which no copy can do unawaited.
+            for rank in range(top_k):
+                self._classes[rank, rows].copy_(classes[rank], non_blocking=True)
+                self._probabilities[rank, rows].copy_(probabilities[rank], non_blocking=True)
         self._reduced = max(self._reduced, end)
         obsolete = self._reduced - 1 - self._band_start
         if obsolete > 0:
@@ -228,18 +243,44 @@ class ClassMap:
             self._band_start += obsolete
 
 
-def most_probable(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The winning class of every pixel and its probability.
+def most_probable(scores: Tensor, top_k: int = 1) -> tuple[Tensor, Tensor]:
+    """The most probable classes of every pixel, the first the winner, and their probabilities.
 
     Args:
         scores: (K, H, W) logits, or log probabilities that may lack a constant per pixel.
+        top_k: how many classes, 1 to K.
 
     Returns:
-        Class ids (H, W), uint8 up to 255 classes and int16 above, and confidence (H, W) float32.
+        Class ids (top_k, H, W), uint8 up to 255 classes and int16 above, and probabilities (top_k, H, W) float32. Of
+        equally probable classes the lower id comes first.
     """
-    highest, classes = scores.max(0)
-    confidence = (scores - highest).exp_().sum(0).reciprocal_()
-    return classes.to(_class_dtype(len(scores))), confidence
+    highest, winner = scores.max(0)
+    exponentials = (scores - highest).exp_()
+    confidence = exponentials.sum(0).reciprocal_()
+    dtype = _class_dtype(len(scores))
+    classes, probabilities = [winner.to(dtype)], [confidence]
+    # One maximum after the other, for topk promises no order among equals, and the winner must not depend on top_k.
+    for _ in range(top_k - 1):
+        exponentials.scatter_(0, winner[None], -1.0)  # less than what any class has that is left
+        value, winner = exponentials.max(0)
+        classes.append(winner.to(dtype))
+        probabilities.append(value * confidence)
+    return torch.stack(classes), torch.stack(probabilities)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; a CUDA device is not waited for, which takes a copy in pinned memory on the way."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    staged = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+    return staged.to(device, non_blocking=True)
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A tensor on the CPU; from a CUDA device it is there once the device's current stream is synchronized."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu()
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def _class_dtype(num_classes: int) -> torch.dtype:

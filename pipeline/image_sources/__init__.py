@@ -12,19 +12,22 @@ What an image is called (`image_uri`) in the predictions:
   on its `image_id`.
 """
 
-from pipeline.image_sources.listing import CHANGED, LISTED, STORAGE_ERROR, ImageSource, Listed, Part
-from pipeline.image_sources.parts import list_part, parts
+from pipeline.image_sources.listing import CHANGED, LISTED, MISSING, STORAGE_ERROR, ImageSource, Kind, Listed, Part
+from pipeline.image_sources.parts import list_part, parts, resolved
 from pipeline.image_sources.reading import Unread, read
 
 __all__ = [
     "CHANGED",
     "LISTED",
+    "MISSING",
     "STORAGE_ERROR",
     "ImageSource",
+    "Kind",
     "Listed",
     "Part",
     "Unread",
     "list_part",
     "parts",
     "read",
+    "resolved",
 ]

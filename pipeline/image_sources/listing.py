@@ -60,6 +60,18 @@ class ImageSource:
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
 
+    def covers(self, image_uri: str) -> bool:
+        """Whether an image of this name, if it were there, would be listed; of a source whose kind is resolved."""
+        base = self.images.rstrip("/")
+        if self.kind == "tar":
+            archive, _, member = image_uri.partition(".tar#")
+            within = f"{archive}.tar" == base or archive.startswith(f"{base}/")
+            return bool(member) and within and self.wants(member)
+        if image_uri == base:
+            return self.wants(image_uri.rpartition("/")[2])
+        suited = self.kind == "dataset" or image_uri.lower().endswith(SUFFIXES)
+        return suited and image_uri.startswith(f"{base}/") and self.wants(image_uri[len(base) + 1 :])
+
     def wants(self, place: str) -> bool:
         """Whether the patterns admit a place."""
         return any(fnmatch.fnmatchcase(place, pattern) for pattern in self.include) and not any(

@@ -1,5 +1,6 @@
 """What kind of source a URL is, and how it is divided into parts."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import get_args
 
@@ -9,25 +10,33 @@ from pipeline.image_sources import canonical, manifests, prefixes, s3_inventory,
 from pipeline.image_sources.listing import ImageSource, Kind, Listed, Part, in_tables
 
 
+def resolved(source: ImageSource) -> ImageSource:
+    """The same source with a full URL, and in place of `auto` the kind that it is of.
+
+    Raises:
+        PipelineError: for an unknown kind, or if the store cannot say.
+    """
+    if source.kind not in get_args(Kind):
+        raise PipelineError(f"kind {source.kind!r} is none of {', '.join(get_args(Kind))}.")
+    images = storage.absolute(source.images)
+    return dataclasses.replace(source, images=images, kind=_kind(images) if source.kind == "auto" else source.kind)
+
+
 def parts(source: ImageSource) -> list[Part]:
     """The parts of a source, up to some hundreds, in a fixed order; made by looking at its top alone.
 
     Raises:
         PipelineError: if there is nothing, or something that is not of the kind asked for.
     """
-    if source.kind not in get_args(Kind):
-        raise PipelineError(f"kind {source.kind!r} is none of {', '.join(get_args(Kind))}.")
-    images = storage.absolute(source.images)
-    source = ImageSource(images, source.kind, source.include, source.exclude)
-    kind = _kind(images) if source.kind == "auto" else source.kind
+    source = resolved(source)
     found: list[Part]
-    if kind == "tar":
+    if source.kind == "tar":
         found = [*tars.parts(source)]
-    elif kind == "manifest" and s3_inventory.is_one(images):
+    elif source.kind == "manifest" and s3_inventory.is_one(source.images):
         found = [*s3_inventory.parts(source)]
-    elif kind == "manifest":
+    elif source.kind == "manifest":
         found = [*manifests.parts(source)]
-    elif kind == "dataset":
+    elif source.kind == "dataset":
         found = [*canonical.parts(source)]
     else:
         found = [*prefixes.parts(source)]

@@ -70,7 +70,7 @@ def test_rows_are_read_by_filter_and_column(tmp_path):
     url = str(tmp_path)
     _write(url, _row("a.jpg"), _row("b.jpg", status="damaged"))
     _write(url, _row("c.jpg"))
-    assert masks.read_masks(url).schema == masks.PREDICTION_SCHEMA
+    assert masks.read_masks(url).schema == masks.ALL_COLUMNS
     good = masks.read_masks(url, filter=pc.field("status") == "ok", columns=["image_uri"])
     assert sorted(good["image_uri"].to_pylist()) == ["a.jpg", "c.jpg"]
     assert good.column_names == ["image_uri"]
@@ -78,7 +78,7 @@ def test_rows_are_read_by_filter_and_column(tmp_path):
 
 def test_a_place_without_masks_has_no_rows(tmp_path):
     table = masks.read_masks(str(tmp_path / "nothing"))
-    assert (table.num_rows, table.schema) == (0, masks.PREDICTION_SCHEMA)
+    assert (table.num_rows, table.schema) == (0, masks.ALL_COLUMNS)
 
 
 def test_a_file_that_is_still_being_written_is_not_read(tmp_path):

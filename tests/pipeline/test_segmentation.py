@@ -22,16 +22,16 @@ import ray
 import torch
 from PIL import Image
 
-from pipeline import mask_store, masks, prediction_rows, segmentation, storage
+from pipeline import lease, mask_store, masks, storage
 from pipeline.errors import PipelineError
-from pipeline.image_sources import reading
+from pipeline.image_sources import LISTED, reading
 from pipeline.images import decode_photograph
 from pipeline.parquet_sink import write_table
 from pipeline.prediction import InferenceConfig, inference_of, load_predictor, model_id, write_inference
-from pipeline.prediction_rows import MaskSink, read_images
-from pipeline.progress import Progress
+from pipeline.prediction_rows import SLICES, read_images
 from pipeline.run_record import RunRecord, read_record, record_run
-from pipeline.segmentation import LISTED, SegmentConfig, Segmenter, segment
+from pipeline.segmentation import SegmentConfig, segment
+from pipeline.segmenter import Segmenter
 from rssnet import RSSNet
 
 REPOSITORY = Path(__file__).parents[2]
@@ -59,14 +59,16 @@ def _portrait() -> bytes:
         return _encoded(image, "JPEG", exif=exif)
 
 
-def _written(**values: str) -> pa.Table:
-    """A prediction row as a task writes it."""
-    row = {"image_uri": "a.jpg", "version": "1", "status": "ok", **values}
-    return pa.Table.from_pylist([{**dict.fromkeys(masks.PREDICTION_SCHEMA.names), **row}], masks.PREDICTION_SCHEMA)
-
-
 def _config(model: str, images: str, out: str, **settings: object) -> SegmentConfig:
     return dataclasses.replace(SegmentConfig(model, images, out, cpus_per_worker=0.5, batch_size=2), **settings)
+
+
+def _read(folder: Path, listed: list[dict[str, str]]) -> pa.Table:
+    """What reading gives of some listed images, the list of which is kept in a folder."""
+    place = str(folder / ".listed.parquet")
+    write_table(place, pa.Table.from_pylist([{**dict.fromkeys(LISTED.names), **row} for row in listed], LISTED))
+    slices = [{"file": place, "start": start, "stop": start + 1, "number": start} for start in range(len(listed))]
+    return pa.concat_tables(read_images(pa.Table.from_pylist(slices, SLICES)))
 
 
 def _rows(url: str) -> dict[str, dict]:
@@ -272,7 +274,7 @@ def test_an_image_that_the_model_fails_on_costs_no_other_its_mask(tiny_model, tm
             raise failures[0]("CUDA out of memory.\nTried to allocate 3 GiB.")
 
     segmenter.predictor.model.register_forward_pre_hook(fail_on_white)
-    pixels = pa.concat_tables(read_images(pa.Table.from_pylist(listed, schema=LISTED)))
+    pixels = _read(tmp_path, listed)
     rows = segmenter(pixels).to_pylist()
     assert [row["status"] for row in rows] == ["ok", "ok", "ok", "inference_error"]
     assert [row["class_map"] is not None for row in rows] == [True, True, True, False]
@@ -318,7 +320,8 @@ segment(SegmentConfig(*sys.argv[1:], cpus_per_worker=0.5, batch_size=2))
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_run_that_was_killed_is_completed_by_the_next(tiny_model, tmp_path):
+def test_a_run_that_was_killed_is_completed_by_the_next(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 4.0)
     images, out = tmp_path / "images", tmp_path / "out"
     images.mkdir()
     names = {f"{number:02}.png" for number in range(36)}
@@ -346,72 +349,6 @@ def test_a_run_that_was_killed_is_completed_by_the_next(tiny_model, tmp_path):
     assert all(row["status"] == "ok" for row in rows.values())
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_a_run_that_another_has_overtaken_writes_no_more(tmp_path):
-    url = str(tmp_path)
-    storage.write_json(storage.join(url, prediction_rows.TURN_FILE), {"run_id": "later"})
-    with Progress("segment", 1, "images") as progress:
-        with pytest.raises(PipelineError, match="Another run, later, has begun"):
-            MaskSink(url, "earlier", progress.reporter).write([_written(model_id="m")], None)
-        assert masks.read_masks(url).num_rows == 0
-        MaskSink(url, "later", progress.reporter).write([_written(model_id="m")], None)
-    assert masks.read_masks(url).num_rows == 1
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_a_run_that_is_overtaken_while_it_writes_takes_its_rows_away(tmp_path):
-    url = str(tmp_path)
-    turn = storage.join(url, prediction_rows.TURN_FILE)
-    storage.write_json(turn, {"run_id": "earlier"})
-
-    def taken_meanwhile(table: pa.Table) -> Iterator[tuple[str, pa.Table]]:
-        storage.write_json(turn, {"run_id": "later"})
-        yield mask_store.FOLDER, table
-
-    with Progress("segment", 1, "images") as progress:
-        write_table(storage.join(url, mask_store.FOLDER, "part-before.parquet"), _written(model_id="before"))
-        sink = MaskSink(url, "earlier", progress.reporter)
-        sink.route = taken_meanwhile
-        with pytest.raises(PipelineError, match="Another run, later, has begun"):
-            sink.write([_written(model_id="m")], None)
-    assert masks.read_masks(url)["model_id"].to_pylist() == ["before"]
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_rows_that_an_overtaken_run_deletes_are_missed_and_made_by_the_next(tiny_model, tmp_path, monkeypatch):
-    images, out = tmp_path / "images", str(tmp_path / "out")
-    images.mkdir()
-    for seed in range(2):
-        (images / f"{seed}.png").write_bytes(_png(seed))
-    segment(_config(tiny_model, str(images), out, include=("0*",)))
-    (file,) = _files(out)
-    finish = segmentation._finish
-
-    def delete_and_finish(*arguments: Any) -> None:
-        storage.delete(file[0])
-        finish(*arguments)
-
-    config = _config(tiny_model, str(images), out)
-    with monkeypatch.context() as patch:
-        patch.setattr(segmentation, "_finish", delete_and_finish)
-        with pytest.raises(PipelineError, match="1 images have lost their rows"):
-            segment(config)
-    assert segment(config).counts["ok"] == 1
-    assert _rows(out).keys() == {"0.png", "1.png"}
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_a_file_is_replaced_by_the_task_that_repeats_it_and_by_nothing_else(tmp_path):
-    url = str(tmp_path)
-    storage.write_json(storage.join(url, prediction_rows.TURN_FILE), {"run_id": "this"})
-    keys = [{"model_id": "m"}, {"model_id": "n"}, {"model_id": "m", "version": "2"}]
-    with Progress("segment", 6, "images") as progress:
-        for values in (*keys, *keys):
-            MaskSink(url, "this", progress.reporter).write([_written(**values)], None)
-    rows = masks.read_masks(url, columns=["model_id", "version"]).to_pylist()
-    assert sorted(tuple(row.values()) for row in rows) == [("m", "1"), ("m", "2"), ("n", "1")]
-
-
 def test_what_changed_between_listing_and_reading_is_not_taken_for_what_was_listed(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "READ_WAITS", ())
     for name in ("same.png", "overwritten.png", "deleted.png"):
@@ -421,8 +358,8 @@ def test_what_changed_between_listing_and_reading_is_not_taken_for_what_was_list
     listed[str(tmp_path / "folder.png")] = "1"
     (tmp_path / "overwritten.png").write_bytes(_png(2, 41))
     (tmp_path / "deleted.png").unlink()
-    table = pa.table([list(listed), list(listed.values())], schema=LISTED)
-    rows = pa.concat_tables(read_images(table)).to_pylist()
+    rows = _read(tmp_path, [{"image_uri": uri, "version": version} for uri, version in listed.items()]).to_pylist()
+    assert [row["number"] for row in rows] == list(range(len(listed)))
     assert {Path(row["image_uri"]).name: row["status"] for row in rows} == {
         "same.png": "ok",
         "overwritten.png": "changed",
