@@ -312,9 +312,9 @@ def test_another_model_adds_rows_and_a_fresh_start_leaves_only_its_own(tiny_mode
 
 _KILLED = """
 import sys
-from pipeline import prediction_rows
-from pipeline.segmentation import LISTED, SegmentConfig, segment
-prediction_rows.ROWS_PER_FILE = 2
+from pipeline import lease, mask_stager, segmentation
+from pipeline.segmentation import SegmentConfig, segment
+lease.LEASE_SECONDS, mask_stager.COMMIT_SECONDS, segmentation.ROWS_PER_FILE = 4.0, 0.0, 2
 segment(SegmentConfig(*sys.argv[1:], cpus_per_worker=0.5, batch_size=2))
 """
 
