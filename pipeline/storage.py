@@ -1,7 +1,6 @@
 """URL to filesystem, atomic writes, listing with versions: the only module that knows one store from another.
 
-A place is `s3://bucket/key`, `gs://bucket/key`, `file:///path` or a plain path. Keys are taken literally: `%`, `#`,
-`?`, `+` and blanks are part of the name and are never decoded.
+Places, and what they are called, are those of `pipeline.places`.
 
 What is read in parts (Parquet) and what Ray stores itself (checkpoints) goes through pyarrow's filesystems
 (`arrow_filesystem`), which Ray retries best. Whole objects (images, files written in one step) and listings with ETags
@@ -9,35 +8,32 @@ go through fsspec. Credentials and endpoints come from the environment (`AWS_END
 the cloud's identity.
 """
 
-import contextlib
 import functools
 import json
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 import fsspec
 import pyarrow.fs as arrow_fs
 
-from pipeline.errors import PipelineError
-from pipeline.local_files import NOTHING_THERE, folders_in, local_files
-from pipeline.redaction import redacted
+from pipeline.local_files import folders_in, local_files
+from pipeline.places import absolute as absolute
+from pipeline.places import join as join
+from pipeline.places import printable as printable
+from pipeline.places import split as split
+from pipeline.places import usable_name as usable_name
 from pipeline.s3_requests import first_key, get_object, list_page, put_object_if
-from pipeline.storage_errors import StorageError, explanation, no_bucket, patiently
+from pipeline.storage_errors import StorageError, no_bucket, patiently
+from pipeline.storage_errors import explained as explained
+from pipeline.storage_errors import explained_items as explained_items
 
-SCHEMES = ("s3", "gs", "file")
 UPLOADED_TOGETHER = 32  # files that upload_folder holds in memory
 _READINGS = 3  # of an object that is overwritten meanwhile
-
-_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_UNUSABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # the last are what Python makes of bytes that are no UTF-8
-
-_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -53,75 +49,6 @@ class StoredObject:
     url: str
     size: int
     version: str
-
-
-def split(url: str) -> tuple[str, str]:
-    """The scheme and the path of a URL; the scheme of a plain path is `file`, and its path is made absolute.
-
-    Raises:
-        StorageError: for a scheme that is not supported, a URL without a bucket or with credentials in it, a name that
-            a store's client library would take for another, or an empty URL.
-    """
-    if not url:
-        raise StorageError("An empty URL was given: name a place like s3://bucket/prefix or a folder.")
-    _refuse_misread_names(url)
-    scheme, separator, path = url.partition("://")
-    if not separator:
-        before_colon, colon, _ = url.partition(":")
-        if colon and before_colon in SCHEMES:
-            raise StorageError(f"{redacted(url)} lacks a slash: write {before_colon}:// before the place.")
-        return "file", os.path.abspath(Path(url).expanduser())  # noqa: PTH100 - resolve() would follow links
-    if scheme not in SCHEMES:
-        known = ", ".join(f"{name}://" for name in SCHEMES)
-        raise StorageError(f"{redacted(url)} has the unknown scheme {scheme}://: use {known} or a plain path.")
-    if scheme == "file":
-        if not path.startswith("/"):
-            raise StorageError(f"{url} has a host or a relative path: write file:///absolute/path.")
-        return scheme, os.path.abspath(path)  # noqa: PTH100
-    if redacted(url) != url:
-        raise StorageError(f"{redacted(url)} carries credentials: remove them and set them in the environment instead.")
-    bucket = path.partition("/")[0]
-    if not bucket:
-        raise StorageError(f"{url} names no bucket: write {scheme}://bucket/prefix.")
-    if not _BUCKET.fullmatch(bucket):
-        raise StorageError(
-            f"{url}: {bucket!r} cannot be a bucket's name: use letters, digits, dots, dashes and underscores only."
-        )
-    return scheme, path.rstrip("/")
-
-
-def _refuse_misread_names(url: str) -> None:
-    found = _UNUSABLE.search(url)
-    if found:
-        what = "bytes that are not UTF-8" if found.group() > "\x7f" else "a control character"
-        raise StorageError(f"{redacted(url)!r} has {what} in its name: rename it.")
-    if "?versionId=" in url and "://" in url:  # s3fs drops this and all that follows: another object's name
-        raise StorageError(f"{redacted(url)} names a version: name the object alone, without ?versionId=.")
-
-
-def usable_name(url: str) -> bool:
-    """Whether the name of a listed object can be read and written down; `split` says of others why not."""
-    try:
-        _refuse_misread_names(url)
-    except StorageError:
-        return False
-    return True
-
-
-def printable(url: str) -> str:
-    """A name with what makes it unusable written as an escape."""
-    return _UNUSABLE.sub(lambda found: found.group().encode("unicode_escape").decode(), url)
-
-
-def join(url: str, *parts: str) -> str:
-    """The place `parts` below `url`; a part that begins with a slash is below it, too."""
-    return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
-
-
-def absolute(url: str) -> str:
-    """The same place in the form that stays valid in another working folder; URLs are returned as they are."""
-    scheme, path = split(url)
-    return path if scheme == "file" else f"{scheme}://{path}"
 
 
 def arrow_filesystem(url: str) -> tuple[arrow_fs.FileSystem, str]:
@@ -306,7 +233,7 @@ def list_level(url: str, most: int) -> Level | None:
                 folders.append(base + name)
             else:
                 return None
-    return Level(objects, folders)
+    return Level(objects, sorted(folders))
 
 
 def _found(scheme: str, path: str, recursive: bool) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -483,28 +410,3 @@ def _version(info: dict[str, Any]) -> str:
         return str(etag).strip('"')
     modified = info.get("mtime") or info.get("LastModified") or info.get("updated") or 0
     return f"{info['size']}-{modified}"
-
-
-@contextlib.contextmanager
-def explained(url: str, *, absence: bool = True) -> Iterator[None]:
-    """A `with` block whose errors become a StorageError; that nothing is there only if `absence` is to be explained."""
-    try:
-        yield
-    except PipelineError:
-        raise
-    except Exception as error:
-        nothing_there = isinstance(error, FileNotFoundError) or getattr(error, "errno", None) in NOTHING_THERE
-        if nothing_there and not absence:
-            raise FileNotFoundError(f"{url} does not exist") from error
-        raise explanation(url, error) from error
-
-
-def explained_items(url: str, items: Iterator[_Item]) -> Iterator[_Item]:
-    """The items, as they are made; what fails in making them is explained as by `explained`."""
-    while True:
-        with explained(url):
-            try:
-                item = next(items)
-            except StopIteration:
-                return
-        yield item

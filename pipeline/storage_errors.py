@@ -1,13 +1,15 @@
 """Failures of a store in one sentence each, and the patience to wait for one that is out of reach for a while."""
 
+import contextlib
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from pipeline.errors import PipelineError
+from pipeline.local_files import NOTHING_THERE
 from pipeline.redaction import redacted
 
 OUTAGE_SECONDS = 300.0  # that `patiently` waits for a store
@@ -110,3 +112,28 @@ def no_bucket(url: str) -> StorageError:
     """That the bucket of a URL does not exist."""
     bucket = url.partition("://")[2].partition("/")[0]
     return StorageError(f"{redacted(url)}: there is no bucket named {bucket}: create it, or correct the name.")
+
+
+@contextlib.contextmanager
+def explained(url: str, *, absence: bool = True) -> Iterator[None]:
+    """A `with` block whose errors become a StorageError; that nothing is there only if `absence` is to be explained."""
+    try:
+        yield
+    except PipelineError:
+        raise
+    except Exception as error:
+        nothing_there = isinstance(error, FileNotFoundError) or getattr(error, "errno", None) in NOTHING_THERE
+        if nothing_there and not absence:
+            raise FileNotFoundError(f"{url} does not exist") from error
+        raise explanation(url, error) from error
+
+
+def explained_items(url: str, items: Iterator[T]) -> Iterator[T]:
+    """The items, as they are made; what fails in making them is explained as by `explained`."""
+    while True:
+        with explained(url):
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+        yield item

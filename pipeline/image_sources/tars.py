@@ -7,7 +7,6 @@ from pathlib import PurePosixPath
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from s3fs.utils import FileExpired
 
 from pipeline import storage
 from pipeline.errors import PipelineError
@@ -69,13 +68,15 @@ class TarPart:
                     names.add(*member)
                 else:
                     others += 1
-        except (FileNotFoundError, FileExpired):
-            fault = Row(url, version, status=CHANGED, error=f"{url} was overwritten or deleted while it was listed")
-        except (tarfile.TarError, EOFError, ValueError) as error:
-            detail = f"{url} is damaged after {names.added + others} members: {_short(error)}"
-            fault = Row(url, version, status=DAMAGED_ARCHIVE, error=detail)
-        except OSError as error:
-            raise explanation(url, error) from error
+        except (tarfile.TarError, EOFError, ValueError, OSError) as error:
+            if not _is_still(url, version):
+                detail = f"{url} was overwritten or deleted while it was listed"
+                fault = Row(url, version, status=CHANGED, error=detail)
+            elif isinstance(error, OSError):
+                raise explanation(url, error) from error
+            else:
+                detail = f"{url} is damaged after {names.added + others} members: {_short(error)}"
+                fault = Row(url, version, status=DAMAGED_ARCHIVE, error=detail)
         for name, offset, length in names:
             yield named(Row(f"{url}#{name}", version, url, offset, length))
         yield from (None for _ in range(others + names.replaced))
@@ -156,6 +157,13 @@ def _images(url: str) -> Iterator[tuple[str, int, int] | None]:
                 yield str(path), member.offset_data, member.size
             else:
                 yield None
+
+
+def _is_still(url: str, version: str) -> bool:
+    try:
+        return storage.stat(url).version == version
+    except FileNotFoundError:
+        return False
 
 
 def _short(error: Exception) -> str:

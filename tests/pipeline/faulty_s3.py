@@ -52,6 +52,7 @@ class FaultyS3:
         happened: how often each (pattern, kind of fault) has befallen a request, and under `OUTAGE` how many were
             refused while it was down.
         served: bytes of the bodies that were sent, by `bucket/key`.
+        requests: how many there were, by method and `bucket/key`, as in `GET bucket/key`.
         down: while it is set, every request is answered with 503.
     """
 
@@ -59,6 +60,7 @@ class FaultyS3:
     faults: Mapping[str, Fault]
     happened: Counter[tuple[str, str]]
     served: Counter[str]
+    requests: Counter[str]
     down: threading.Event
 
     def unused(self) -> set[tuple[str, str]]:
@@ -89,7 +91,7 @@ def faulty_s3(server: str, faults: Mapping[str, Fault]) -> Iterator[FaultyS3]:
                     return True
         return False
 
-    served = Counter[str]()
+    served, requests = Counter[str](), Counter[str]()
     down = threading.Event()
 
     class Handler(_Handler):
@@ -101,6 +103,7 @@ def faulty_s3(server: str, faults: Mapping[str, Fault]) -> Iterator[FaultyS3]:
 
         def is_down(self) -> bool:
             with lock:
+                requests[f"{self.command} {self.key}"] += 1
                 happened[OUTAGE] += down.is_set()
             return down.is_set()
 
@@ -111,7 +114,7 @@ def faulty_s3(server: str, faults: Mapping[str, Fault]) -> Iterator[FaultyS3]:
         thread = threading.Thread(target=proxy.serve_forever, args=(0.05,), daemon=True)
         thread.start()
         try:
-            yield FaultyS3(f"http://127.0.0.1:{proxy.server_port}", faults, happened, served, down)
+            yield FaultyS3(f"http://127.0.0.1:{proxy.server_port}", faults, happened, served, requests, down)
         finally:
             proxy.shutdown()
             thread.join()

@@ -1,20 +1,25 @@
 """Places: every operation does the same on a local folder and on an S3 server, whatever the names, and is atomic."""
 
 import errno
+import functools
 import os
 import resource
 import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline import storage
 from pipeline.local_s3 import LocalS3
-from pipeline.storage_errors import StorageError
+from pipeline.storage_errors import StorageError, StorageOutage
+from tests.pipeline.endless_s3 import endless_s3
+from tests.pipeline.faulty_s3 import OUTAGE, faulty_s3
 
 # Whatever a file may be called, but for the few names that are refused.
 NAMES = (
@@ -129,6 +134,139 @@ def test_a_listing_is_of_what_is_below_sorted_without_hidden_names(place: str) -
     assert urls(storage.join(place, "pre/b")) == [storage.join(place, "pre/b")]
     assert urls(storage.join(place, "pr")) == []
     assert urls(storage.join(place, "pre/.folder")) == [storage.join(place, "pre/.folder/x")]
+
+
+def test_a_listing_without_what_is_below_a_further_slash(place: str) -> None:
+    for name in ("pre/b", "pre/a/2", "pre/.hidden", "pre/c", "prefix/c"):
+        storage.write_bytes(storage.join(place, name), b"1")
+    listed = list(storage.list_objects(storage.join(place, "pre"), recursive=False))
+    assert [item.url for item in listed] == [storage.join(place, name) for name in ("pre/b", "pre/c")]
+    assert listed[0] == storage.stat(listed[0].url)
+
+
+def test_a_level_has_objects_and_folders(place: str) -> None:
+    for name in ("pre/b", "pre/a b/2", "pre/a/2/3", "pre/.hidden", "pre/.folder/x", "prefix/c"):
+        storage.write_bytes(storage.join(place, name), b"1")
+    level = storage.list_level(storage.join(place, "pre"), most=10)
+    assert level is not None
+    assert level.objects == [storage.stat(f"{place}/pre/b")]
+    assert sorted(level.folders) == [f"{place}/pre/a b/", f"{place}/pre/a/"]
+    assert storage.list_level(f"{place}/pre/", most=10) == level
+    assert [item.url for folder in level.folders for item in storage.list_objects(folder)] == [
+        f"{place}/pre/a b/2",
+        f"{place}/pre/a/2/3",
+    ]
+    assert storage.list_level(storage.join(place, "pre"), most=2) is None
+    assert storage.list_level(storage.join(place, "absent"), most=2) == storage.Level([], [])
+
+
+@pytest.mark.usefixtures("server")
+def test_an_object_with_the_name_of_a_folder_is_listed_beside_it_and_not_in_it() -> None:
+    names = ["both", "both/below", "both/below/more", "both//x", "bothersome", "both."]
+    for name in names:
+        storage.write_bytes(f"s3://data/twice/{name}", b"1")
+    assert urls("s3://data/twice") == sorted(f"s3://data/twice/{name}" for name in names)
+    assert urls("s3://data/twice/both") == [
+        f"s3://data/twice/{name}" for name in ("both", "both//x", "both/below", "both/below/more")
+    ]
+    assert urls("s3://data/twice/both/") == urls("s3://data/twice/both")[1:]
+    assert storage.list_level("s3://data/twice/both", most=10) is None  # a folder without a name has no URL
+    storage.delete("s3://data/twice")
+
+
+@pytest.mark.usefixtures("server")
+def test_a_listing_of_many_pages_is_whole_and_only_what_is_asked_for_is_fetched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for number in range(25):
+        storage.write_bytes(f"s3://data/pages/{number:02}", b"1")
+    pages = []
+    list_page = storage.list_page
+
+    def short_page(client: Any, bucket: str, **request: Any) -> dict[str, Any]:
+        monkeypatch.setattr(client, "call_s3", functools.partial(call_s3, client, type(client).call_s3))
+        pages.append(request)
+        return list_page(client, bucket, **request)
+
+    def call_s3(client: Any, call: Any, method: str, **request: Any) -> Any:
+        return call(client, method, **{"MaxKeys": 10} | request)
+
+    monkeypatch.setattr(storage, "list_page", short_page)
+    listing = storage.list_objects("s3://data/pages")
+    assert next(listing).url == "s3://data/pages/00"
+    assert len(pages) == 1
+    assert [item.url for item in listing] == [f"s3://data/pages/{number:02}" for number in range(1, 25)]
+    assert len(pages) == 3
+    level = storage.list_level("s3://data/pages", most=25)
+    assert level is not None
+    assert len(level.objects) == 25
+
+
+def test_an_outage_is_waited_for_in_the_middle_of_a_listing_but_not_at_its_beginning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with (
+        endless_s3(objects=3_000, folders=1) as bucket,
+        faulty_s3(bucket.endpoint, {}) as proxy,
+        monkeypatch.context() as patch,
+    ):
+        patch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        patch.setenv("AWS_MAX_ATTEMPTS", "1")  # botocore's; s3fs still tries five times
+        listing = storage.list_objects(bucket.url)
+        assert next(listing).size > 0
+        proxy.down.set()
+        timer = threading.Timer(4.0, proxy.down.clear)  # longer than s3fs's own patience
+        timer.start()
+        assert sum(1 for _ in listing) == 2_999
+        assert proxy.happened[OUTAGE] > 5
+        proxy.down.set()
+        with pytest.raises(StorageOutage, match="the store is overloaded or failing"):
+            next(storage.list_objects(bucket.url))
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_bytes_come_with_the_version_that_they_are_of(place: str, name: str) -> None:
+    url = storage.join(place, name)
+    storage.write_bytes(url, b"0123456789")
+    version = storage.stat(url).version
+    assert storage.read_versioned(url) == (b"0123456789", version)
+    assert storage.read_range(url, 3, 4) == (b"3456", version)
+    assert storage.read_range(url, 8, 4) == (b"89", version)
+    assert storage.read_range(url, 8, 0) == (b"", version)
+    storage.write_bytes(url, b"")
+    assert storage.read_versioned(url) == (b"", storage.stat(url).version)
+
+
+def test_versioned_bytes_of_what_is_not_there(place: str) -> None:
+    storage.write_bytes(f"{place}/short", b"1")
+    for read in (storage.read_versioned, lambda url: storage.read_range(url, 0, 1)):
+        with pytest.raises(FileNotFoundError, match="absent does not exist"):
+            read(f"{place}/absent")
+    if place.startswith("s3"):
+        with pytest.raises(StorageError, match="short"):
+            storage.read_range(f"{place}/short", 5, 1)
+        with pytest.raises(StorageError, match="s3://data is a bucket: name an object"):
+            storage.read_versioned("s3://data")
+
+
+def test_a_file_that_is_overwritten_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A version is never given to bytes of another; that the file is never at rest is said."""
+    url = str(tmp_path / "x")
+    storage.write_bytes(url, b"0")
+    left = [1]
+
+    def overwritten(_: LocalFileSystem, path: str) -> bytes:
+        data = Path(path).read_bytes()
+        if left[0]:
+            left[0] -= 1
+            storage.write_bytes(path, data + b"1")
+        return data
+
+    monkeypatch.setattr(LocalFileSystem, "cat_file", overwritten)
+    assert storage.read_versioned(url) == (b"01", storage.stat(url).version)
+    left[0] = 10
+    with pytest.raises(StorageError, match="is overwritten again and again while it is read"):
+        storage.read_versioned(url)
 
 
 def test_deleting_takes_all_that_is_below_and_no_neighbour(place: str) -> None:
