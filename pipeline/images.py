@@ -3,16 +3,31 @@
 import contextlib
 import io
 import warnings
+import zlib
 from collections.abc import Iterator
+from typing import cast
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+
+def _heif() -> tuple[str, ...]:
+    """HEIC among Pillow's formats, where its plug-in is installed."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return ()
+    register_heif_opener()
+    return ("HEIF",)
+
+
 # What Pillow itself decodes, and safely: for EPS, say, it would start another program.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", *_heif())
 MAX_PIXELS = 500_000_000  # a 22,000 x 22,000 image; above it a file is taken for a decompression bomb
 
 _PNG, _PNG_BIT_DEPTH = b"\x89PNG\r\n\x1a\n", 24
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # ISO/IEC 23008-12
+_PIXELS_AT_ONCE = 2**20  # converted; of a large image only the decoded and the final pixels are in memory
 _GREY_STEP = {2: 85, 4: 17}  # Pillow stretches grey levels of so many bits to the whole range
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow only warns at its limit; `_opened` refuses at ours
@@ -32,21 +47,36 @@ class BadImage(ValueError):
 def decode_photograph(data: bytes) -> np.ndarray:
     """The pixels of a photograph: (H, W, 3) uint8 RGB, turned as its EXIF orientation says.
 
-    Greyscale, palette, CMYK and 16-bit images are converted; an alpha channel is laid over white.
+    Greyscale, palette, CMYK and 16-bit images are converted; an alpha channel is laid over white. Of an animation or a
+    file of several pages it is the first picture. Takes 7 bytes per pixel beside `data`, and 8 while one is turned.
 
     Raises:
         BadImage: empty, not an image, truncated, or larger than `MAX_PIXELS`.
     """
     image = _opened(data)
     with _damage_refused():
-        return np.asarray(_upright_rgb(image))
+        ImageOps.exif_transpose(image, in_place=True)
+        # Whether 16 bits hold more than 8 shows only in the whole image.
+        deep = image.mode.startswith("I") or image.mode == "F"
+        scale = 255.0 / 65535.0 if deep and _highest(image) > 255 else 1.0
+        pixels = np.empty((image.height, image.width, 3), np.uint8)
+        rows_at_once = max(1, _PIXELS_AT_ONCE // image.width)
+        for top in range(0, image.height, rows_at_once):
+            bottom = min(top + rows_at_once, image.height)
+            pixels[top:bottom] = np.asarray(_rgb(image.crop((0, top, image.width, bottom)), scale))
+        return pixels
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
+def _highest(image: Image.Image) -> float:
+    """The highest value of an image of one channel."""
+    _, highest = cast(tuple[float, float], image.getextrema())
+    return highest
+
+
+def _rgb(image: Image.Image, scale: float) -> Image.Image:
+    """An image of any mode as RGB; `scale` brings the values of 16 bits and of floats to 0 to 255."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image).astype(np.float32)
-        scale = 255.0 / 65535.0 if values.max(initial=0) > 255 else 1.0
         image = Image.fromarray((values * scale).clip(0, 255).astype(np.uint8))
     if "A" in image.mode or "transparency" in image.info:
         layer = image.convert("RGBA")
@@ -86,12 +116,18 @@ def decode_published_label(data: bytes) -> np.ndarray:
 
 
 def encode_png(values: np.ndarray, palette: list[tuple[int, int, int]] | None = None) -> bytes:
-    """A PNG of an (H, W) array of uint8 or uint16, with a palette inside for uint8 if one is given."""
+    """A PNG of an (H, W) array of uint8 or uint16, with a palette inside for uint8 if one is given.
+
+    What has a palette is a map of regions. For these, run lengths alone are smaller than zlib's level 6, and faster
+    (tests/benchmarks/results/masks-cpu.md).
+    """
     image = Image.fromarray(values)
+    options: dict[str, int] = {"compress_level": 6}
     if palette is not None and values.dtype == np.uint8:
         image.putpalette([channel for colour in palette for channel in colour])
+        options = {"compress_level": 1, "compress_type": zlib.Z_RLE}
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=6)
+    image.save(buffer, "PNG", **options)
     return buffer.getvalue()
 
 
@@ -99,6 +135,10 @@ def _opened(data: bytes) -> Image.Image:
     if not data:
         raise BadImage("empty", "the file has no bytes")
     with _damage_refused():
+        if "HEIF" not in FORMATS and data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
+            raise BadImage(
+                "no_decoder", "HEIC is decoded where pillow-heif is installed, the extra heif of this package"
+            )
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise BadImage(

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
-import rasterio.features
 from PIL import Image
 
 from pipeline import masks, storage
@@ -137,9 +136,11 @@ def without_small_regions(class_map: np.ndarray, min_region: int) -> np.ndarray:
     By GDAL's sieve, over edges, again and again: once leaves small regions whose largest neighbour is small as well.
     Small regions stay only where no region at all has `min_region` pixels.
     """
+    from rasterio import features  # 40 MiB that few of the processes which know this module need
+
     size = min(min_region, class_map.size)
     while True:
-        sieved = rasterio.features.sieve(class_map, size=size, connectivity=4)
+        sieved = features.sieve(class_map, size=size, connectivity=4)
         if np.array_equal(sieved, class_map):
             return sieved
         class_map = sieved
@@ -152,9 +153,11 @@ def polygons_json(class_map: np.ndarray, names: Sequence[str]) -> str:
     Coordinates are (x, y) in pixels along the edges of pixels, from (0, 0), the upper left corner, to (W, H). Pixels of
     `masks.other_id` have none.
     """
+    from rasterio.features import shapes  # see above
+
     kept = class_map != masks.other_id(len(names))
     features = []
-    for geometry, value in rasterio.features.shapes(class_map, mask=kept, connectivity=4):
+    for geometry, value in shapes(class_map, mask=kept, connectivity=4):
         rings = [[(int(x), int(y)) for x, y in ring] for ring in geometry["coordinates"]]
         features.append(
             {
