@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as arrays
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from pipeline import masks, storage
+from pipeline import mask_store, masks, storage
 from pipeline.errors import PipelineError
 from pipeline.mask_products import (
     ProductsConfig,
@@ -244,7 +244,7 @@ def test_files_with_and_without_products_are_read_together(tmp_path):
         row = {**dict.fromkeys(schema.names), **empty, "image_uri": name}
         row |= {"polygons": "{}"} if products.polygons else {}
         table = pa.Table.from_pylist([row], schema=schema)
-        write_table(storage.join(str(tmp_path), masks.FOLDER, f"{name}.parquet"), table)
+        write_table(storage.join(str(tmp_path), mask_store.FOLDER, f"{name}.parquet"), table)
     rows = {row["image_uri"]: row for row in masks.read_masks(str(tmp_path)).to_pylist()}
     assert rows["a.jpg"]["polygons"] is None
     assert rows["b.jpg"]["polygons"] == "{}"
