@@ -35,6 +35,7 @@ from pipeline.mask_changes import compact, take_away
 from pipeline.mask_products import ProductsConfig
 from pipeline.mask_stager import ROWS_PER_FILE, Ledger, MaskStager, in_rounds
 from pipeline.mask_store import MaskStore
+from pipeline.mask_summary import PLOT_FILE, TABLE_FILE, summarize
 from pipeline.prediction import InferenceConfig, model_classes, model_id, predictor_pool
 from pipeline.prediction_rows import INFERENCE_ERROR, NUMBER, SLICES, MaskEncoder, Summary, read_images
 from pipeline.progress import Progress, announce
@@ -42,7 +43,7 @@ from pipeline.run_record import RunRecord, finished_record, record_run, refuse_o
 from pipeline.segmenter import Segmenter
 
 WORKFLOW = "segment"
-COMPACT_FOLDER = "compaction"  # of the record of a run that does nothing else
+MAINTENANCE, MAINTENANCE_FOLDER = "maintain", "maintenance"  # of the record of a run that only compacts or sums up
 ROUND_IMAGES = 200_000  # in one execution of Ray Data, whose bookkeeping grows with what it has done
 MOST_TOGETHER = 32  # images that a task reads
 TASKS_AT_LEAST = 64  # that a smaller number of images is divided into
@@ -64,12 +65,18 @@ class SegmentConfig:
         inference: how the model is applied.
         products: what rows hold beside the mask, and how the mask is simplified.
         workers: processes that hold a model each.
-        use_gpu: give each of them a GPU.
+        min_workers: start with so many, and add others while images wait and the cluster has room; without it there are
+            always `workers`.
+        use_gpu: give each of them a GPU, or a part of one.
+        gpus_per_worker: that part, such as 0.5 for two workers on each GPU.
         cpus_per_worker: CPUs, and threads, for each of them.
         batch_size: images that a worker gets at a time.
         replace_model: at the end, take away the rows of other models for the images that have a row of this one.
         prune: take away the rows of images that are deleted or overwritten, and record them in `pruned/`.
-        compact: at the end, merge small files of rows; without `model` and `images`, do nothing else.
+        compact: at the end, merge small files of rows.
+        summary: at the end, sum up the classes by prefix and day in `summary/`. `compact` and `summary` do their part
+            alone when `model` and `images` are not given.
+        summary_depth: folders of the prefix.
         new: start afresh: delete every mask at the output, of any model, and segment all images.
     """
 
@@ -82,19 +89,23 @@ class SegmentConfig:
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     products: ProductsConfig = field(default_factory=ProductsConfig)
     workers: int = field(default=1, metadata={"identity": False})
+    min_workers: int | None = field(default=None, metadata={"identity": False})
     use_gpu: bool = field(default=False, metadata={"identity": False})
+    gpus_per_worker: float = field(default=1.0, metadata={"identity": False})
     cpus_per_worker: float = field(default=1, metadata={"identity": False})
     batch_size: int = field(default=4, metadata={"identity": False})
     replace_model: bool = False
     prune: bool = False
     compact: bool = False
+    summary: bool = False
+    summary_depth: int = 1
     new: bool = field(default=False, metadata={"identity": False})
 
     def __post_init__(self) -> None:
         if not self.out:
             raise ValueError("out is not given: name the place of the masks.")
-        if bool(self.model) != bool(self.images) or not (self.model or self.compact):
-            raise ValueError("model and images go together: give both, or neither with compact true.")
+        if bool(self.model) != bool(self.images) or not (self.model or self.compact or self.summary):
+            raise ValueError("model and images go together: give both, or neither with compact or summary true.")
 
 
 def segment(config: SegmentConfig) -> RunRecord:
@@ -115,7 +126,7 @@ def segment(config: SegmentConfig) -> RunRecord:
     run_id = uuid.uuid4().hex
     refuse_other_workflow(config.out, WORKFLOW)
     if not config.model:
-        return _compact_alone(config, run_id)
+        return _maintained(config, run_id)
     model = model_id(config.model, config.inference, config.products)
     config.products.require(model_classes(config.model).names)
     source = image_sources.resolved(ImageSource(config.images, config.source, config.include, config.exclude))
@@ -126,7 +137,14 @@ def segment(config: SegmentConfig) -> RunRecord:
             "prune out, or give the prefix of the images."
         )
     with connected():
-        pool = predictor_pool(config.workers, config.cpus_per_worker, config.use_gpu, config.batch_size)
+        pool = predictor_pool(
+            config.workers,
+            config.cpus_per_worker,
+            config.use_gpu,
+            config.batch_size,
+            min_workers=config.min_workers,
+            gpus_per_worker=config.gpus_per_worker,
+        )
         with Lease(config.out, run_id) as lease, MaskStore(config.out, run_id) as store:
             return _Run(config, model, source, parts, pool, store, lease).run()
 
@@ -139,15 +157,19 @@ def segment_in_turn(config: SegmentConfig) -> None:
         announce(str(held))
 
 
-def _compact_alone(config: SegmentConfig, run_id: str) -> RunRecord:
-    place = storage.join(config.out, COMPACT_FOLDER)
+def _maintained(config: SegmentConfig, run_id: str) -> RunRecord:
+    """Merge and sum up what is there, without a model. Has a record of its own, for that of the masks stays true."""
+    place = storage.join(config.out, MAINTENANCE_FOLDER)
     with (
         connected(),
         Lease(config.out, run_id),
         MaskStore(config.out, run_id) as store,
-        record_run(place, f"{WORKFLOW} --compact", config, {}, [], run_id=run_id) as record,
+        record_run(place, MAINTENANCE, config, {}, [], run_id=run_id) as record,
     ):
-        record.counts = _compacted(store)
+        if config.compact:
+            record.counts |= _compacted(store)
+        if config.summary:
+            _summarized(config)
     return record
 
 
@@ -155,6 +177,11 @@ def _compacted(store: MaskStore) -> dict[str, int]:
     before, after = compact(store)
     announce(f"merged {before} files of {store.url} into {after}" if before else f"no small files in {store.url}")
     return {"files_merged": before, "files_made": after}
+
+
+def _summarized(config: SegmentConfig, model: str | None = None) -> None:
+    summarize(config.out, model, model_classes(config.model) if model else None, config.summary_depth)
+    announce(f"summed up classes in {storage.join(config.out, TABLE_FILE)} and {storage.join(config.out, PLOT_FILE)}")
 
 
 @dataclass(frozen=True)
@@ -209,6 +236,8 @@ class _Run:
                 record.counts["pruned"] = gone.count
         if config.compact:
             record.counts |= _compacted(self.store)
+        if config.summary:
+            _summarized(config, self.model)
 
     def _segmented(self, pending: Pending) -> Summary:
         """Read, segment, encode, stage and commit."""

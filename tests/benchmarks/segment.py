@@ -1,0 +1,295 @@
+"""What batch segmentation costs beside the model, and what grows with the number of images.
+
+    python -m tests.benchmarks.segment                     # all parts
+    python -m tests.benchmarks.segment --parts speed       # one of them
+
+`speed`: images per second from the listing of a bucket to its committed Parquet, over those of a bare loop on decoded
+images in memory with the same model and batch. `growth`: time and memory for 1,000, 5,000 and 10,000 small images, and
+a second run over the unchanged bucket. `listing`: 10 million objects that a synthetic S3 lists, compared with an output
+that has no rows, and with one that has all but a thousand.
+"""
+
+import argparse
+import io
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import torch
+from PIL import Image
+
+from pipeline import image_sources, mask_store, masks, storage
+from pipeline.census import Census
+from pipeline.cluster import connected
+from pipeline.image_sources import ImageSource
+from pipeline.images import decode_photograph
+from pipeline.local_s3 import LocalS3
+from pipeline.parquet_sink import write_table
+from pipeline.prediction import InferenceConfig, load_predictor
+from pipeline.segmentation import SegmentConfig, segment
+from rssnet import RSSNet, RSSNetConfig
+from tests.benchmarks.machine import describe, results_file
+from tests.pipeline.endless_s3 import endless_s3, etag_of, key_of
+
+HEIGHT, WIDTH = 360, 480
+BATCH = 8
+SMALL = 64  # pixels of a side of the images of which many are segmented
+COUNTS = (1_000, 5_000, 10_000)
+OBJECTS, FOLDERS, PENDING = 10_000_000, 100, 1_000
+TARGET = {"cpu": 0.85, "cuda": 0.9}
+
+
+def write_model(folder: Path, device: str) -> None:
+    """The models that are applied: untrained, for what they say does not matter here."""
+    torch.manual_seed(0)
+    backbone = "vit_large_patch16_224" if device == "cuda" else "vit_small_patch16_224"
+    RSSNet(RSSNetConfig(backbone=backbone, num_classes=19, image_size=(HEIGHT // 16 * 16, WIDTH))).save_pretrained(
+        str(folder / "model")
+    )
+    options = {"depth": 1, "embed_dim": 48, "num_heads": 3}
+    tiny = RSSNetConfig(
+        backbone="vit_tiny_patch16_224", backbone_options=options, num_classes=19, image_size=SMALL, decoder_width=16
+    )
+    RSSNet(tiny).save_pretrained(str(folder / "tiny"))
+
+
+def write_images(url: str, count: int, height: int, width: int) -> None:
+    """Photographs of smooth colours."""
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        coarse = generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+        storage.write_bytes(storage.join(url, f"{number % 100:02}/{number:06}.jpg"), buffer.getvalue())
+
+
+def bare_loop(model: str, images: str, count: int, device: str) -> dict[str, float]:
+    """Decoded images in memory, batch after batch, on all cores or the GPU."""
+    predictor = load_predictor(model, InferenceConfig())
+    predictor.model.to(device)
+    found = [item.url for item in storage.list_objects(images)][:count]
+    decoded = [torch.tensor(decode_photograph(storage.read_bytes(url))).permute(2, 0, 1) for url in found]
+    predictor(decoded[:BATCH])
+    started = time.perf_counter()
+    for start in range(0, len(decoded), BATCH):
+        predictor(decoded[start : start + BATCH])
+    return {"images": len(decoded), "seconds": time.perf_counter() - started}
+
+
+def end_to_end(model: str, images: str, out: str, device: str, warm: str) -> dict[str, float]:
+    """A segmentation on a local Ray that is warm, and the memory that it takes."""
+    cores = len(os.sched_getaffinity(0))
+    config = SegmentConfig(
+        model,
+        images,
+        out,
+        batch_size=BATCH,
+        use_gpu=device == "cuda",
+        cpus_per_worker=1 if device == "cuda" else cores - 0.5,
+    )
+    with connected():
+        segment(
+            SegmentConfig(
+                config.model,
+                warm,
+                f"{out}-warm",
+                batch_size=BATCH,
+                cpus_per_worker=config.cpus_per_worker,
+                use_gpu=config.use_gpu,
+            )
+        )
+        with _Memory() as memory:
+            started = time.perf_counter()
+            record = segment(config)
+            seconds = time.perf_counter() - started
+            started = time.perf_counter()
+            segment(config)
+            again = time.perf_counter() - started
+    assert record.counts["ok"] == record.counts["listed"]
+    driver = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {
+        "images": record.counts["ok"],
+        "seconds": seconds,
+        "again": again,
+        "driver_mib": driver,
+        "all_mib": memory.peak,
+    }
+
+
+class _Memory:
+    """The most memory that this process and those below it have had at a time, in MiB; what they share counts once."""
+
+    def __init__(self) -> None:
+        self.peak = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "_Memory":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        this = psutil.Process()
+        while not self._stop.wait(1.0):
+            total = 0
+            for process in (this, *this.children(recursive=True)):
+                try:
+                    total += process.memory_full_info().pss
+                except psutil.NoSuchProcess:
+                    continue
+            self.peak = max(self.peak, total / 2**20)
+
+
+def listing(folder: str) -> dict[str, float]:
+    """A census of more objects than a disk would hold, twice: nothing is done yet, and nearly all."""
+    out, found = f"{folder}/out", {}
+    with endless_s3(OBJECTS, FOLDERS) as bucket, connected():
+        parts = image_sources.parts(ImageSource(bucket.url))
+        for name in ("first", "second"):
+            started = time.perf_counter()
+            pending = Census(parts, out, "model").pending(f"{folder}/work-{name}")
+            found |= {f"{name}_seconds": time.perf_counter() - started, f"{name}_pending": pending.images}
+            found[f"{name}_driver_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            assert pending.listed == OBJECTS
+            if name == "first":
+                _write_rows(out, bucket.url)
+    return found
+
+
+def _write_rows(out: str, bucket: str) -> None:
+    """Rows without masks, for all objects but `PENDING`."""
+    each = OBJECTS // FOLDERS
+    for number in range(FOLDERS):
+        numbers = range(PENDING // FOLDERS, each)
+        columns: dict[str, Any] = {
+            name: pa.nulls(len(numbers), kind)
+            for name, kind in zip(masks.PREDICTION_SCHEMA.names, masks.PREDICTION_SCHEMA.types, strict=True)
+        }
+        columns["image_uri"] = pa.array([f"{bucket}/{key_of(number, item)}" for item in numbers])
+        columns["version"] = pa.array([etag_of(number, item) for item in numbers])
+        columns["model_id"], columns["status"] = (pa.repeat(value, len(numbers)) for value in ("model", masks.OK))
+        table = pa.table(columns).cast(masks.PREDICTION_SCHEMA)
+        write_table(f"{out}/{mask_store.FOLDER}/part-{number:03}.parquet", table)
+
+
+def measured(*arguments: str) -> dict[str, float]:
+    """One way in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.segment", *arguments], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)} failed: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def speed(folder: Path, count: int, device: str) -> str:
+    """The table of the first part: the bare loop before and after, for machines have moods."""
+    write_images("s3://bench/photos", count, HEIGHT, WIDTH)
+    write_images("s3://bench/warm", 2 * BATCH, HEIGHT, WIDTH)
+    model, some = str(folder / "model"), str(max(BATCH, count // 4))
+    before = measured("--way", "bare", "--places", model, "s3://bench/photos", some, device)
+    whole = measured(
+        "--way", "whole", "--places", model, "s3://bench/photos", "s3://bench/out", device, "s3://bench/warm"
+    )
+    after = measured("--way", "bare", "--places", model, "s3://bench/photos", some, device)
+    bare = (before["images"] + after["images"]) / (before["seconds"] + after["seconds"])
+    rate = whole["images"] / whole["seconds"]
+    size = f"{whole['images']:.0f} of {WIDTH} x {HEIGHT}"
+    return (
+        f"| images | bare loop, images/s | end to end, images/s | ratio | asked for |\n|---|---|---|---|---|\n"
+        f"| {size} | {bare:.2f} | {rate:.2f} | {rate / bare:.2f} | {TARGET[device]} |"
+    )
+
+
+def growth(folder: Path, device: str) -> str:
+    """The table of the second part."""
+    rows, seconds = [], {}
+    write_images("s3://bench/warm-small", 2 * BATCH, SMALL, SMALL)
+    for count in COUNTS:
+        images = f"s3://bench/small{count}"
+        write_images(images, count, SMALL, SMALL)
+        found = measured(
+            "--way",
+            "whole",
+            "--places",
+            str(folder / "tiny"),
+            images,
+            f"s3://bench/out{count}",
+            device,
+            "s3://bench/warm-small",
+        )
+        seconds[count] = found["seconds"]
+        rows.append(
+            f"| {count:,} | {found['seconds']:.1f} | {count / found['seconds']:.1f} | {found['again']:.1f} | "
+            f"{100 * found['again'] / found['seconds']:.1f} % | {found['driver_mib']:.0f} | {found['all_mib']:.0f} |"
+        )
+        print(rows[-1], flush=True)
+    ratio = seconds[COUNTS[-1]] / seconds[COUNTS[-2]]
+    return (
+        "| images | s | images/s | second run, s | share | driver's peak memory, MiB | of all processes, MiB |\n"
+        "|---|---|---|---|---|---|---|\n"
+        + "\n".join(rows)
+        + f"\n\nTwice as many images take {ratio:.2f} times as long ({COUNTS[-2]:,} and {COUNTS[-1]:,})."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=1000, help="of the part `speed`")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--parts", nargs="+", default=["speed", "growth", "listing"])
+    parser.add_argument("--way", choices=("bare", "whole", "listing"), help=argparse.SUPPRESS)
+    parser.add_argument("--places", nargs="*", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.way:
+        places = arguments.places
+        if arguments.way == "bare":
+            found = bare_loop(places[0], places[1], int(places[2]), places[3])
+        else:
+            found = listing(*places) if arguments.way == "listing" else end_to_end(*places)
+        print(json.dumps(found), flush=True)
+        return
+    device = torch.device(arguments.device)
+    header = "\n".join(f"- {name}: {value}" for name, value in describe(device).items())
+    texts = ["# Batch segmentation", header, "The local S3 server runs on the same cores."]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_model(folder, arguments.device)
+        with LocalS3(folder / "s3") as server:
+            server.create_bucket("bench")
+            if "speed" in arguments.parts:
+                texts += ["## Beside a bare loop", speed(folder, arguments.images, arguments.device)]
+            if "growth" in arguments.parts:
+                texts += [f"## Images of {SMALL} x {SMALL}, a tiny model", growth(folder, arguments.device)]
+        if "listing" in arguments.parts:
+            found = measured("--way", "listing", "--places", str(folder))
+            columns = ("pending", "seconds", "driver_mib")
+            lines = [
+                " | ".join([f"| {rows:,}", *(f"{found[f'{name}_{column}']:,.0f}" for column in columns)]) + " |"
+                for name, rows in (("first", 0), ("second", OBJECTS - PENDING))
+            ]
+            texts += [
+                f"## {OBJECTS:,} objects, listed and compared",
+                "| rows of the output | pending | s | driver's peak memory, MiB |\n|---|---|---|---|\n"
+                + "\n".join(lines),
+            ]
+    results_file("segment", device, ".md").write_text("\n\n".join(texts) + "\n")
+    print("\n\n".join(texts))
+
+
+if __name__ == "__main__":
+    main()
