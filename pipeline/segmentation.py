@@ -136,7 +136,8 @@ def segment(config: SegmentConfig) -> RunRecord:
             f"prune is true, but {source.images} is a manifest, and what it does not name need not be deleted: leave "
             "prune out, or give the prefix of the images."
         )
-    with connected():
+    # The lease comes first: who finds the output taken is not to wait for a cluster.
+    with Lease(config.out, run_id) as lease, connected():
         pool = predictor_pool(
             config.workers,
             config.cpus_per_worker,
@@ -145,7 +146,7 @@ def segment(config: SegmentConfig) -> RunRecord:
             min_workers=config.min_workers,
             gpus_per_worker=config.gpus_per_worker,
         )
-        with Lease(config.out, run_id) as lease, MaskStore(config.out, run_id) as store:
+        with MaskStore(config.out, run_id) as store:
             return _Run(config, model, source, parts, pool, store, lease).run()
 
 
@@ -161,8 +162,8 @@ def _maintained(config: SegmentConfig, run_id: str) -> RunRecord:
     """Merge and sum up what is there, without a model. Has a record of its own, for that of the masks stays true."""
     place = storage.join(config.out, MAINTENANCE_FOLDER)
     with (
-        connected(),
         Lease(config.out, run_id),
+        connected(),
         MaskStore(config.out, run_id) as store,
         record_run(place, MAINTENANCE, config, {}, [], run_id=run_id) as record,
     ):

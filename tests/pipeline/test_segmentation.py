@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -17,22 +18,34 @@ import boto3
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
+import safetensors.torch
 import torch
 from PIL import Image
 
-from pipeline import lease, mask_store, masks, storage
+from pipeline import lease, mask_store, mask_summary, masks, storage
 from pipeline.errors import PipelineError
 from pipeline.image_sources import LISTED, reading
 from pipeline.images import decode_photograph
+from pipeline.lease import Lease
+from pipeline.mask_products import ProductsConfig
 from pipeline.parquet_sink import write_table
-from pipeline.prediction import InferenceConfig, inference_of, load_predictor, model_id, write_inference
+from pipeline.prediction import (
+    InferenceConfig,
+    inference_of,
+    load_predictor,
+    model_classes,
+    model_id,
+    write_inference,
+)
 from pipeline.prediction_rows import SLICES, read_images
 from pipeline.run_record import RunRecord, read_record, record_run
 from pipeline.segmentation import SegmentConfig, segment
 from pipeline.segmenter import Segmenter
 from rssnet import RSSNet
+from tests.pipeline.prediction_table import prediction_row, prediction_table
 
 REPOSITORY = Path(__file__).parents[2]
 ODD_NAMES = ("with blank.png", "100%25.png", "a#b?.png", "c+d.png", "straße/日本.png")
@@ -308,6 +321,112 @@ def test_another_model_adds_rows_and_a_fresh_start_leaves_only_its_own(tiny_mode
 
     segment(dataclasses.replace(config, include=("night/*",), new=True))
     assert _rows(out).keys() == {"b.png"}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_new_model_replaces_the_old_one_and_rows_of_what_is_gone_are_pruned(tiny_model, tmp_path):
+    images, out, model = tmp_path / "images", str(tmp_path / "out"), tmp_path / "model"
+    (images / "day 2026-11-25").mkdir(parents=True)
+    for seed, name in enumerate(("kept.png", "deleted.png", "overwritten.png", "day 2026-11-25/bad.png")):
+        (images / name).write_bytes(_png(seed) if seed < 3 else b"")
+    storage.upload_folder(Path(tiny_model), str(model))
+    first = segment(_config(str(model), str(images), out))
+    elsewhere = prediction_row("/elsewhere/a.png", model_id=first.results["model_id"])
+    write_table(storage.join(out, mask_store.FOLDER, "part-elsewhere.parquet"), prediction_table(elsewhere))
+
+    (images / "deleted.png").unlink()
+    (images / "overwritten.png").write_bytes(_png(20, 41))
+    weights = model / "model.safetensors"
+    state = safetensors.torch.load_file(str(weights))
+    safetensors.torch.save_file({name: value * 1.01 for name, value in state.items()}, str(weights))
+    config = _config(str(model), str(images), out, replace_model=True, prune=True, compact=True, summary=True)
+    second = segment(config)
+
+    assert second.results["model_id"] != first.results["model_id"]
+    assert second.counts == {
+        **{"listed": 3, "other_files": 0, "done_before": 0, "ok": 2, "failed": 1},
+        # Of the first model: `kept` and `bad` here, and `overwritten` in the version that it had.
+        **{"replaced": 3, "pruned": 1, "files_merged": 0, "files_made": 0},
+    }
+    rows = {(row["image_uri"].rpartition("/")[2], row["model_id"]) for row in masks.read_masks(out).to_pylist()}
+    old, new = first.results["model_id"], second.results["model_id"]
+    assert rows == {("a.png", old), ("kept.png", new), ("overwritten.png", new), ("bad.png", new)}
+    pruned = pq.read_table(storage.join(out, "pruned")).to_pylist()
+    assert [(Path(row["image_uri"]).name, row["model_id"]) for row in pruned] == [("deleted.png", old)]
+    shares = pq.read_table(storage.join(out, mask_summary.TABLE_FILE)).to_pylist()
+    assert sum(row["share"] for row in shares if row["model_id"] == new) == pytest.approx(1.0)
+    assert segment(config) == read_record(out)  # nothing is new, and nothing is done again
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_merging_and_summing_up_need_no_model_and_leave_the_record(tmp_path):
+    out = str(tmp_path)
+    for number in range(3):
+        write_table(
+            storage.join(out, mask_store.FOLDER, f"part-{number}.parquet"),
+            prediction_table(prediction_row(f"{number}.png")),
+        )
+    record = segment(SegmentConfig(out=out, compact=True, summary=True))
+    assert record.counts == {"files_merged": 3, "files_made": 1}
+    assert len(_files(out)) == 1
+    assert masks.read_masks(out).num_rows == 3
+    assert (tmp_path / mask_summary.PLOT_FILE).is_file()
+    assert read_record(out) is None
+    halves: list[dict[str, Any]] = [{"model": "m"}, {"images": "i", "compact": True}, {}]
+    for wrong in halves:
+        with pytest.raises(ValueError, match="model and images go together"):
+            SegmentConfig(out=out, **wrong)
+    with pytest.raises(ValueError, match="out is not given"):
+        SegmentConfig("m", "i")
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_members_of_a_tar_get_rows_with_what_was_asked_for_beside_the_mask(tiny_model, bucket):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, data in (
+            ("a#1.png", _png(1, 150, 131)),
+            ("b/ü.jpg", _portrait()),
+            ("c.png", b"broken"),
+            ("notes.md", b""),
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    photos, out = storage.join(bucket, "photos.tar"), storage.join(bucket, "out")
+    storage.write_bytes(photos, buffer.getvalue())
+    names = model_classes(tiny_model).names
+    overlays = storage.join(bucket, "overlays")
+    products = ProductsConfig(classes=names[:3], polygons=True, confidence_map=True, top_k=2, overlays=overlays)
+    record = segment(_config(tiny_model, photos, out, products=products))
+    assert record.counts == {"listed": 3, "other_files": 1, "done_before": 0, "ok": 2, "failed": 1}
+    rows = {row["image_uri"]: row for row in masks.read_masks(out).to_pylist()}
+    assert rows.keys() == {f"{photos}#a#1.png", f"{photos}#b/ü.jpg", f"{photos}#c.png"}
+    row = rows[f"{photos}#b/ü.jpg"]
+    assert masks.decode(row).shape == masks.decode_confidence(row).shape == (60, 40)
+    assert set(np.unique(masks.decode(row))) <= {0, 1, 2, masks.other_id(len(names))}
+    assert masks.decode_top(row)[0].shape == (2, 60, 40)
+    assert json.loads(row["polygons"])["type"] == "FeatureCollection"
+    with Image.open(io.BytesIO(storage.read_bytes(row["overlay_uri"]))) as overlay:
+        assert (overlay.format, overlay.size) == ("JPEG", (40, 60))
+    with pytest.raises(PipelineError, match="The model has no class 'lake': give some of"):
+        segment(_config(tiny_model, photos, out, products=ProductsConfig(classes=("lake",))))
+
+
+def test_a_second_run_says_who_is_there_and_is_no_failure(tiny_model, folder, tmp_path):
+    out = str(tmp_path / "out")
+    command = [sys.executable, "workflows/segment.py", "--model", tiny_model, "--images", str(folder), "--out", out]
+    with Lease(out, "the first"):
+        ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stderr
+        assert "lease.json is held by run the first (process " in ended.stdout
+    assert sorted(path.name for path in Path(out).iterdir() if not path.name.startswith(".")) == ["lease.json"]
+
+
+def test_a_manifest_says_nothing_of_what_is_deleted(tiny_model, tmp_path):
+    (tmp_path / "list.txt").write_text("a.png\n")
+    with pytest.raises(PipelineError, match=r"prune is true, but .*list.txt is a manifest"):
+        segment(_config(tiny_model, str(tmp_path / "list.txt"), str(tmp_path / "out"), prune=True))
 
 
 _KILLED = """
