@@ -32,21 +32,21 @@ _FILES_TOGETHER = 16  # that a task rewrites
 _FOOTERS_TOGETHER = 256  # that a task reads
 
 
-def take_away(store: MaskStore, rows: Rows, *, record: bool = False) -> None:
+def take_away(store: MaskStore, *taken: Rows, record: Rows | None = None) -> None:
     """Take rows away, all at one moment.
 
     Args:
         store: of the output that the rows are of.
-        rows: to be taken away.
-        record: also write down what was taken away, in `pruned/*.parquet`.
+        taken: rows to be taken away; some may be among several of these.
+        record: more of them, which are also written down in `pruned/*.parquet`.
     """
-    if not rows.count:
-        return
-    groups = [rows.files[start : start + _FILES_TOGETHER] for start in range(0, len(rows.files), _FILES_TOGETHER)]
-    added: list[list[Move]] = ray.get([_kept.remote(store.url, store.run_id, group, rows.tables) for group in groups])
-    if record:
-        added.append(ray.get([_recorded.remote(store.url, store.run_id, table) for table in rows.tables]))
-    store.commit(add=[move for moves in added for move in moves], remove=rows.files)
+    recorded = [] if record is None else record.tables
+    tables = [*(table for rows in taken for table in rows.tables), *recorded]
+    files = sorted({file for rows in (*taken, record) if rows is not None for file in rows.files})
+    groups = [files[start : start + _FILES_TOGETHER] for start in range(0, len(files), _FILES_TOGETHER)]
+    kept: list[list[Move]] = ray.get([_kept.remote(store.url, store.run_id, group, tables) for group in groups])
+    noted: list[Move] = ray.get([_recorded.remote(store.url, store.run_id, table) for table in recorded])
+    store.commit(add=[*(move for moves in kept for move in moves), *noted], remove=files)
 
 
 @io_task

@@ -227,14 +227,11 @@ class _Run:
         _conclude(record, self.model, self._segmented(pending) if pending.images else Summary.total([]), pending)
         if config.replace_model or config.prune:
             census = Census(self.parts, config.out, None)
-            if config.replace_model:
-                replaced = census.superseded(self.model)
-                take_away(self.store, replaced)
-                record.counts["replaced"] = replaced.count
-            if config.prune:
-                gone = census.gone(self.source)
-                take_away(self.store, gone, record=True)
-                record.counts["pruned"] = gone.count
+            replaced = census.superseded(self.model) if config.replace_model else None
+            gone = census.gone(self.source) if config.prune else None
+            take_away(self.store, *([replaced] if replaced else []), record=gone)
+            counts = {"replaced": replaced, "pruned": gone}
+            record.counts |= {name: rows.count for name, rows in counts.items() if rows is not None}
         if config.compact:
             record.counts |= _compacted(self.store)
         if config.summary:

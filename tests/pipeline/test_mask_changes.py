@@ -47,9 +47,10 @@ def test_rows_are_taken_away_and_the_others_of_their_files_stay(bucket):
     _put(bucket, "again-4", prediction_row("f", status="changed"), prediction_row("g", status="changed"))
     before = _rows(bucket)
     with MaskStore(bucket, "run") as store:
-        take_away(store, _taken(("a", "part-1"), ("c", "part-2"), ("f", "again-4")), record=True)
-    gone = {("a", "1"), ("c", "1"), ("f", "1")}
-    assert _rows(bucket) == [row for row in before if (row["image_uri"], row["version"]) not in gone]
+        gone = _taken(("a", "part-1"), ("c", "part-2"), ("f", "again-4"))
+        take_away(store, _taken(("a", "part-1")), record=gone)
+    keys = {("a", "1"), ("c", "1"), ("f", "1")}
+    assert _rows(bucket) == [row for row in before if (row["image_uri"], row["version"]) not in keys]
     assert "part-3.parquet" in _names(bucket)
     assert [name.partition("-")[0] for name in _names(bucket)] == ["again", "part", "part"]
     filesystem, path = storage.arrow_filesystem(storage.join(bucket, PRUNED_FOLDER))
@@ -62,7 +63,7 @@ def test_rows_are_taken_away_and_the_others_of_their_files_stay(bucket):
 def test_nothing_to_take_away_changes_nothing(tmp_path):
     _put(str(tmp_path), "part-1", prediction_row("a"))
     with MaskStore(str(tmp_path), "run") as store:
-        take_away(store, Rows([], [], 0), record=True)
+        take_away(store, Rows([], [], 0), record=Rows([], [], 0))
     assert _names(str(tmp_path)) == ["part-1.parquet"]
     assert not (tmp_path / PRUNED_FOLDER).exists()
 
