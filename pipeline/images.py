@@ -28,6 +28,7 @@ MAX_PIXELS = 500_000_000  # a 22,000 x 22,000 image; above it a file is taken fo
 _PNG, _PNG_BIT_DEPTH = b"\x89PNG\r\n\x1a\n", 24
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # ISO/IEC 23008-12
 _PIXELS_AT_ONCE = 2**20  # converted; of a large image only the decoded and the final pixels are in memory
+_PACKED_COLOURS = 16
 _GREY_STEP = {2: 85, 4: 17}  # Pillow stretches grey levels of so many bits to the whole range
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow only warns at its limit; `_opened` refuses at ours
@@ -118,14 +119,15 @@ def decode_published_label(data: bytes) -> np.ndarray:
 def encode_png(values: np.ndarray, palette: list[tuple[int, int, int]] | None = None) -> bytes:
     """A PNG of an (H, W) array of uint8 or uint16, with a palette inside for uint8 if one is given.
 
-    What has a palette is a map of regions. For these, run lengths alone are smaller than zlib's level 6, and faster
-    (tests/benchmarks/results/masks-cpu.md).
+    Of maps of up to 16 classes, which Pillow packs into 4 bits per pixel, run lengths alone are the smallest and take
+    half the time of zlib's level 6; of others that is the smallest (tests/benchmarks/results/masks-cpu.md).
     """
     image = Image.fromarray(values)
     options: dict[str, int] = {"compress_level": 6}
     if palette is not None and values.dtype == np.uint8:
         image.putpalette([channel for colour in palette for channel in colour])
-        options = {"compress_level": 1, "compress_type": zlib.Z_RLE}
+        if len(palette) <= _PACKED_COLOURS:
+            options = {"compress_level": 1, "compress_type": zlib.Z_RLE}
     buffer = io.BytesIO()
     image.save(buffer, "PNG", **options)
     return buffer.getvalue()

@@ -4,7 +4,7 @@
 
 The masks are CamVid's label images, drawn by hand; and the same with pixels swapped near the borders of regions, which
 is harder to compress than any model's mask. Pillow packs up to 16 classes into 4 bits per pixel; 8 bits are what masks
-of more classes have. Times are of the processor, one thread, and each the median of several rounds over all masks.
+of more classes have. Times are the processor's, one thread, each the median of several rounds over all masks.
 """
 
 import argparse

@@ -96,6 +96,11 @@ def test_a_small_region_gets_the_class_of_its_largest_neighbour():
     np.testing.assert_array_equal(without_small_regions(class_map[:2, :2], 1000), class_map[:2, :2])
 
 
+def test_pixels_that_meet_at_corners_only_are_no_region_together():
+    diagonal = np.eye(12, dtype=np.uint8)
+    assert not without_small_regions(diagonal, 5).any()
+
+
 @settings(deadline=None)
 @given(SMALL_MAPS, st.integers(2, 12))
 def test_no_small_region_is_left_beside_a_large_one_and_none_appears(class_map, least):

@@ -73,7 +73,9 @@ def test_every_product_is_made_of_the_same_prediction(tiny_model, tmp_path):
     products = ProductsConfig(polygons=True, confidence_map=True, top_k=3, overlays=str(tmp_path))
     rows, classes = rows_of(tiny_model, products), model_classes(tiny_model)
     plain = rows_of(tiny_model, ProductsConfig())
-    for uri, pixels in photographs().items():
+    predictor = load_predictor(tiny_model, InferenceConfig(window_batch=2), top_k=3)
+    predictions = predictor([torch.from_numpy(pixels.copy()).permute(2, 0, 1) for pixels in photographs().values()])
+    for (uri, pixels), prediction in zip(photographs().items(), predictions, strict=True):
         row, class_map = rows[uri], masks.decode(rows[uri])
         assert row["mask"] == plain[uri]["mask"]
         confidence = masks.decode_confidence(row)
@@ -81,6 +83,8 @@ def test_every_product_is_made_of_the_same_prediction(tiny_model, tmp_path):
         assert confidence.mean() == pytest.approx(row["confidence"], abs=1 / 510)
         top_classes, top_probabilities = masks.decode_top(row)
         assert top_classes.shape == top_probabilities.shape == (3, *class_map.shape)
+        np.testing.assert_array_equal(top_classes, prediction.top_classes)
+        np.testing.assert_allclose(top_probabilities, prediction.top_probabilities, atol=1 / 510 + 1e-6)
         np.testing.assert_array_equal(top_classes[0], class_map)
         np.testing.assert_array_equal(top_probabilities[0], confidence)
         assert (np.diff(top_probabilities, axis=0) <= 0).all()
