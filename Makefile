@@ -4,7 +4,7 @@ DATA ?=
 OUTPUT ?= demo-output
 BIN := .venv/bin
 
-.PHONY: install demo test test-heavy lint types format presets bench-model bench-ablation bench-ingest bench-train gpu clean
+.PHONY: install demo test test-heavy lint types format presets bench-model bench-ablation bench-ingest bench-train bench-segment bench-masks gpu clean
 
 install: .venv/installed
 
@@ -18,11 +18,13 @@ install: .venv/installed
 demo: install
 	$(BIN)/python workflows/demo.py --output '$(OUTPUT)' $(if $(DATA),--data '$(DATA)')
 
+# Two processes side by side for what starts no Ray, a thread each; then one after the other what does.
 test: install lint types
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not heavy and not ray'
+	$(BIN)/python -m pytest -m 'not heavy and ray'
 
-# What takes too long for `make test`, and is not in it: the demo on CamVid, twice; what befalls clusters; the chain
-# from a shell, for `ray job submit` runs the same scripts.
+# What takes too long for `make test`, and is not in it: the demo on CamVid, twice; what befalls clusters and batch
+# segmentations; the chain from a shell, for `ray job submit` runs the same scripts.
 test-heavy: install
 	$(BIN)/python -m pytest -m heavy
 
@@ -55,12 +57,19 @@ bench-ingest: install
 bench-train: install
 	$(BIN)/python -m tests.benchmarks.train --data '$(DATA)'
 
+bench-segment: install
+	$(BIN)/python -m tests.benchmarks.segment
+
+bench-masks: install
+	$(BIN)/python -m tests.benchmarks.masks --data '$(DATA)'
+
 # Everything that needs a GPU, where PYTHON has torch, timm, safetensors, fsspec and Pillow; training's part where it has
 # Ray as well. Meant to take at most ten minutes; it has not been run yet.
 gpu:
 	$(PYTHON) -m tests.benchmarks.model --device cuda
 	$(PYTHON) -m tests.benchmarks.ablation --device cuda --data '$(DATA)' --deadline 180
 	@if $(PYTHON) -c 'import ray'; then $(PYTHON) -m tests.benchmarks.train --device cuda --data '$(DATA)'; fi
+	@if $(PYTHON) -c 'import ray, moto'; then $(PYTHON) -m tests.benchmarks.segment --device cuda --parts speed; fi
 
 clean:
 	rm -rf .venv demo-output build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -123,6 +123,9 @@ def segment(config: SegmentConfig) -> RunRecord:
         name: storage.absolute(getattr(config, name)) for name in ("model", "images", "out") if getattr(config, name)
     }
     config = dataclasses.replace(config, **places)
+    if config.products.overlays is not None:
+        overlays = storage.absolute(config.products.overlays)
+        config = dataclasses.replace(config, products=dataclasses.replace(config.products, overlays=overlays))
     run_id = uuid.uuid4().hex
     refuse_other_workflow(config.out, WORKFLOW)
     if not config.model:

@@ -12,6 +12,13 @@ hypothesis.settings.load_profile("any machine")
 os.environ["RAY_AUTH_MODE"] = "disabled"  # else ray writes a token file into the home folder
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what shares the session's Ray, and the workflows, which start their own: not to be run side by side."""
+    for item in items:
+        if "ray_cluster" in getattr(item, "fixturenames", ()) or item.path.parent.name == "workflows":
+            item.add_marker(pytest.mark.ray)
+
+
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """`s3://` URLs mean a server on this machine. The bucket `test` is there."""

@@ -13,7 +13,7 @@ from pipeline.redaction import redacted
 ROWS_TOGETHER = 10_000  # of a table that a listing gives
 SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"),
-    *(".avif", ".heic", ".heif"),  # listed everywhere, decoded where Pillow can
+    *(".avif", ".heic", ".heif", ".hif"),  # listed everywhere, decoded where Pillow can
 )
 
 # Why an image could not be read, which may be otherwise the next time.

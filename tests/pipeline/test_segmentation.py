@@ -17,6 +17,7 @@ from typing import Any
 import boto3
 import duckdb
 import numpy as np
+import polars
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -166,9 +167,15 @@ def test_counts_add_up_and_say_what_was_passed_over(segmented):
     assert {failure["status"] for failure in record.results["first_failures"]} == {"empty", "not_an_image", "damaged"}
 
 
-def test_duckdb_reads_the_rows(segmented):
-    query = f"SELECT status, count(*) FROM '{segmented[0].out}/masks/*.parquet' GROUP BY ALL"
-    assert dict(duckdb.execute(query).fetchall()) == {"ok": 9, "empty": 1, "not_an_image": 1, "damaged": 1}
+def test_duckdb_and_polars_read_the_rows(segmented):
+    files = f"{segmented[0].out}/masks/*.parquet"
+    statuses = {"ok": 9, "empty": 1, "not_an_image": 1, "damaged": 1}
+    assert dict(duckdb.execute(f"SELECT status, count(*) FROM '{files}' GROUP BY ALL").fetchall()) == statuses
+    found = polars.scan_parquet(files).group_by("status").len().collect()
+    assert dict(found.iter_rows()) == statuses
+    pixels = polars.scan_parquet(files).select(polars.col("class_pixels").list.sum().sum()).collect().item()
+    by_duckdb = duckdb.execute(f"SELECT sum(list_sum(class_pixels)) FROM '{files}'").fetchone()
+    assert by_duckdb == (pixels,)
 
 
 def test_a_second_run_writes_nothing(segmented, capsys):
@@ -522,6 +529,7 @@ def test_a_broken_model_gets_one_sentence_from_the_worker_to_the_caller(tiny_mod
     assert masks.read_masks(str(tmp_path / "out")).num_rows == 0
 
 
+@pytest.mark.usefixtures("ray_cluster")
 def test_an_empty_folder_is_no_failure(tiny_model, tmp_path):
     (tmp_path / "images").mkdir()
     record = segment(_config(tiny_model, str(tmp_path / "images"), str(tmp_path / "out")))
@@ -554,7 +562,9 @@ def test_a_models_id_follows_what_the_masks_depend_on(tiny_model, tmp_path):
 
 def test_workers_that_read_and_write_do_not_load_torch():
     """They are many; each would take seconds to start."""
-    code = "import sys, pipeline.prediction_rows; raise SystemExit('torch' in sys.modules)"
+    names = ("prediction_rows", "census", "mask_changes", "mask_stager", "mask_summary", "image_sources")
+    imports = ", ".join(f"pipeline.{name}" for name in names)
+    code = f"import sys, {imports}; raise SystemExit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
 
 
