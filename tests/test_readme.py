@@ -60,10 +60,12 @@ def test_the_python_blocks_run(
     masks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    job, _, reading, model = blocks("python")
+    job, _, reading, counting, model = blocks("python")
     compile(job, "README", "exec")  # its places are the reader's own
     exec(reading.replace(MASKS, masks), {})
     assert len(capsys.readouterr().out.strip().splitlines()) == 3
+    exec(counting.replace(MASKS, masks), {})
+    assert "class_pixels" in capsys.readouterr().out
     names: dict[str, object] = {}
     exec(model, names)
     logits = names["logits"]
@@ -87,7 +89,7 @@ def test_a_dataset_opens_in_three_ways(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workflow", CONFIGS)
 def test_each_command_is_a_valid_call(workflow: str) -> None:
-    lines = re.findall(rf"python workflows/{workflow}\.py +([^#\n]+)", README)
+    lines = re.findall(rf"python workflows/{workflow}\.py +([^#`\n]+)", README)
     config_class = CONFIGS[workflow]
     assert lines
     for line in lines:
