@@ -9,26 +9,15 @@ import torch
 
 from pipeline import dataset
 from pipeline.command_line import parse, parser_for
-from pipeline.end_to_end import EndToEndConfig
-from pipeline.evaluation import EvaluateConfig
 from pipeline.ingest import IngestConfig, ingest
 from pipeline.segmentation import SegmentConfig, segment
 from pipeline.street_scenes import write_street_scenes
-from pipeline.sweep import SweepConfig
-from pipeline.training import TrainConfig
 from rssnet import RSSNet, RSSNetConfig
 from tests.pipeline.labelled_source import HEIGHT, WIDTH, write_source
+from tests.workflow_calls import CONFIGS
 
 README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
 MASKS = "demo-output/s3/street-scenes/results/segment"
-CONFIGS = {
-    "ingest": IngestConfig,
-    "train": TrainConfig,
-    "evaluate": EvaluateConfig,
-    "sweep": SweepConfig,
-    "segment": SegmentConfig,
-    "end_to_end": EndToEndConfig,
-}
 
 
 def blocks(language: str) -> list[str]:
