@@ -209,7 +209,7 @@ def speed(folder: Path, count: int, device: str) -> str:
     bare = (before["images"] + after["images"]) / (before["seconds"] + after["seconds"])
     rate = whole["images"] / whole["seconds"]
     size = f"{whole['images']:.0f} of {WIDTH} x {HEIGHT}"
-    return (
+    return "The local S3 server runs on the same cores.\n\n" + (
         f"| images | bare loop, images/s | end to end, images/s | ratio | asked for |\n|---|---|---|---|---|\n"
         f"| {size} | {bare:.2f} | {rate:.2f} | {rate / bare:.2f} | {TARGET[device]} |"
     )
@@ -239,7 +239,7 @@ def growth(folder: Path, device: str) -> str:
         )
         print(rows[-1], flush=True)
     ratio = seconds[COUNTS[-1]] / seconds[COUNTS[-2]]
-    return (
+    return f"Images of {SMALL} x {SMALL}, a tiny model, a local S3 server on the same cores:\n\n" + (
         "| images | s | images/s | second run, s | share | driver's peak memory, MiB | of all processes, MiB |\n"
         "|---|---|---|---|---|---|---|\n"
         + "\n".join(rows)
@@ -264,31 +264,36 @@ def main() -> None:
         print(json.dumps(found), flush=True)
         return
     device = torch.device(arguments.device)
-    header = "\n".join(f"- {name}: {value}" for name, value in describe(device).items())
-    texts = ["# Batch segmentation", header, "The local S3 server runs on the same cores."]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(folder, arguments.device)
         with LocalS3(folder / "s3") as server:
             server.create_bucket("bench")
             if "speed" in arguments.parts:
-                texts += ["## Beside a bare loop", speed(folder, arguments.images, arguments.device)]
+                _write("speed", device, speed(folder, arguments.images, arguments.device))
             if "growth" in arguments.parts:
-                texts += [f"## Images of {SMALL} x {SMALL}, a tiny model", growth(folder, arguments.device)]
+                _write("growth", device, growth(folder, arguments.device))
         if "listing" in arguments.parts:
-            found = measured("--way", "listing", "--places", str(folder))
-            columns = ("pending", "seconds", "driver_mib")
-            lines = [
-                " | ".join([f"| {rows:,}", *(f"{found[f'{name}_{column}']:,.0f}" for column in columns)]) + " |"
-                for name, rows in (("first", 0), ("second", OBJECTS - PENDING))
-            ]
-            texts += [
-                f"## {OBJECTS:,} objects, listed and compared",
-                "| rows of the output | pending | s | driver's peak memory, MiB |\n|---|---|---|---|\n"
-                + "\n".join(lines),
-            ]
-    results_file("segment", device, ".md").write_text("\n\n".join(texts) + "\n")
-    print("\n\n".join(texts))
+            _write("listing", device, compared(folder))
+
+
+def compared(folder: Path) -> str:
+    """The table of the third part."""
+    found = measured("--way", "listing", "--places", str(folder))
+    columns = ("pending", "seconds", "driver_mib")
+    lines = [
+        " | ".join([f"| {rows:,}", *(f"{found[f'{name}_{column}']:,.0f}" for column in columns)]) + " |"
+        for name, rows in (("first", 0), ("second", OBJECTS - PENDING))
+    ]
+    head = "| rows of the output | pending | s | driver's peak memory, MiB |\n|---|---|---|---|\n"
+    return f"{OBJECTS:,} objects of a synthetic S3, listed and compared:\n\n{head}" + "\n".join(lines)
+
+
+def _write(part: str, device: torch.device, text: str) -> None:
+    header = "\n".join(f"- {name}: {value}" for name, value in describe(device).items())
+    whole = f"# Batch segmentation: {part}\n\n{header}\n\n{text}\n"
+    results_file(f"segment-{part}", device, ".md").write_text(whole)
+    print(whole, flush=True)
 
 
 if __name__ == "__main__":
