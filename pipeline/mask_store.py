@@ -18,7 +18,7 @@ import json
 import uuid
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
 
@@ -145,14 +145,14 @@ class MaskStore(AbstractContextManager["MaskStore"]):
             self._write(Transaction(number=last.number, nonce=uuid.uuid4().hex))
         else:
             self._carry_out(last)
-        storage.delete(storage.join(self.url, WORK_FOLDER))
+        with suppress(StorageError):  # tasks of a killed run may still be writing there: the next run deletes that
+            storage.delete(storage.join(self.url, WORK_FOLDER))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # What stays is deleted by the next run; what ended the block matters more.
-        with suppress(StorageError) if error else nullcontext():
+        with suppress(StorageError):  # what stays is deleted by the next run
             storage.delete(self.work)
 
     def commit(self, add: Iterable[Move] = (), remove: Sequence[str] = ()) -> None:
