@@ -251,23 +251,24 @@ def fit(config: TrainConfig, reporter: Reporter, callbacks: Sequence[UserCallbac
     """
     from pipeline.train_loop import train_worker  # the loop imports this module for its configuration
 
-    for attempt in range(1, CONTROLLER_FAILURES + 2):
+    outages = 0
+    while True:
         try:
-            return _fit(train_worker, config, reporter, [_EndForGood(), *callbacks])
+            return _fit(train_worker, config, reporter, [EndForGood(), *callbacks])
         except ControllerError as error:
             cause = mendable_cause(error.controller_failure)
             if cause is not None and not isinstance(cause, StorageOutage):
                 raise cause from error
             # Ray's own record of the checkpoints is written without patience.
             outage = cause or explanation(config.run, error.controller_failure)
-            if not isinstance(outage, StorageOutage) or attempt > CONTROLLER_FAILURES:
+            outages += 1
+            if not isinstance(outage, StorageOutage) or outages > CONTROLLER_FAILURES:
                 raise
             announce(f"  {outage} Waiting for it, to go on from the last checkpoint.")
             patiently(partial(storage.exists, config.run))
-    raise AssertionError("the last attempt has ended in neither way")
 
 
-class _EndForGood(UserCallback):
+class EndForGood(UserCallback):
     """Ends the training at once with an error that would come again, such as a value that cannot serve.
 
     Ray Train would start the workers anew `max_failures` times, whatever they have failed of. What a callback raises in

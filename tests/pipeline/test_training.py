@@ -7,6 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,8 +23,9 @@ from pipeline import storage
 from pipeline.errors import PipelineError
 from pipeline.parallel_model import Parallelism, shard, whole_model
 from pipeline.run_record import read_record
+from pipeline.storage_errors import StorageOutage
 from pipeline.train_step import TrainStep, mean_over_workers
-from pipeline.training import OptimizerConfig, ResourcesConfig, train
+from pipeline.training import EndForGood, OptimizerConfig, ResourcesConfig, train
 from rssnet import LossConfig, RSSNet, RSSNetLoss
 from rssnet.losses import alone
 from tests.pipeline.labelled_source import REPOSITORY
@@ -150,14 +152,28 @@ def test_a_training_whose_gradients_are_not_finite_ends_at_once_and_says_with_wh
     assert not (tmp_path / "model").exists()
 
 
+def test_only_what_would_come_again_ends_a_training_at_once() -> None:
+    ends = EndForGood()
+    lost, outage = RuntimeError("a worker was lost"), StorageOutage("the store is away")
+    ends.after_exception(None, {0: lost, 1: outage})  # both may go better another time
+    wrapped = RuntimeError("in the training function")
+    wrapped.__cause__ = PipelineError("Lower the rate.")
+    with pytest.raises(PipelineError, match=r"Lower the rate\."):
+        ends.after_exception(None, {0: lost, 1: wrapped})
+
+
 def test_a_driver_that_is_asked_to_end_says_so_in_one_line(scenes: str, tmp_path: Path) -> None:
-    config = config_of(scenes, tmp_path / "run", iterations=1000)
+    config = config_of(scenes, tmp_path / "run")
     (tmp_path / "config.pickle").write_bytes(pickle.dumps(config))
     environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     command = [sys.executable, "-c", GUARDED_SCRIPT, str(tmp_path / "config.pickle")]
     driver = subprocess.Popen(command, env=environment, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
     try:
-        await_checkpoint(config.run, lambda: driver.poll() is None)
+        deadline = time.monotonic() + 100
+        while not list(tmp_path.glob("run/checkpoints/*")):  # which Ray Train makes before it has any
+            assert driver.poll() is None
+            assert time.monotonic() < deadline, "no training has begun"
+            time.sleep(0.02)
         driver.send_signal(signal.SIGTERM)
         _, said = driver.communicate(timeout=60)
     finally:
