@@ -4,25 +4,26 @@ A checkpoint counts only once it lies whole in the run's folder and Ray Train ha
 that is killed at any moment goes on from the last one that was finished.
 """
 
-import hashlib
-import shutil
-import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
+import pyarrow as pa
 import pyarrow.fs as arrow_fs
 import ray.train
 import torch
 from ray.train import Checkpoint, CheckpointUploadMode
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from pipeline import storage
 from pipeline.errors import PipelineError
-from pipeline.storage_errors import StorageError, patiently
+from pipeline.storage_errors import patiently
 
 CHECKPOINTS_FOLDER = "checkpoints"
 _STATE_FILE = "state.pt"
+_REPORT_SECONDS = 3.0  # after which Ray Train, which asks every two, has written down what it was told
 
 
 class Checkpoints:
@@ -35,11 +36,23 @@ class Checkpoints:
 
     def __init__(self, run: str, writes: bool) -> None:
         self.run, self.writes = run, writes
-        self._uploaded = threading.Event()
+        self._uploaded, self._uploaded_at = threading.Event(), 0.0
         self._uploaded.set()
-        name = hashlib.sha256(run.encode()).hexdigest()[:16]
-        # The same folder for the same run: what a killed process has left is not left for ever.
-        self._folder = Path(tempfile.gettempdir()) / f"rssnet-checkpoint-{name}"
+        on_gpu = torch.cuda.is_available()
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=on_gpu,
+                use_shared_memory=False,
+                use_async_staging=False,  # the next step changes what is copied
+                use_non_blocking_copy=on_gpu,
+            )
+        )
+        self._staged: Any = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether this worker could write another checkpoint that would neither wait nor pile up with others."""
+        return self._uploaded.is_set() and time.monotonic() - self._uploaded_at > _REPORT_SECONDS
 
     def restore(self) -> dict[str, Any] | None:
         """The state of the last checkpoint; None for a run that has none.
@@ -48,7 +61,6 @@ class Checkpoints:
             PipelineError: if it is not one of this version.
         """
         if self.writes:
-            shutil.rmtree(self._folder, ignore_errors=True)
             patiently(self._delete_unfinished)
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
@@ -66,47 +78,45 @@ class Checkpoints:
     def report(self, metrics: dict[str, Any], state: dict[str, Any] | None) -> None:
         """Tell Ray Train, and keep a checkpoint if there is a state. All workers have to call this.
 
-        The state is written to the disk of this machine at once, and uploaded from there while training goes on; one
-        at a time, so that storage which is slower than training slows it down, and does not fill the disk. An upload
-        that fails for good ends the training: Ray Train raises its error in place of the training's.
+        Training goes on as soon as the state is copied in memory. Another thread writes the copy to storage; one at a
+        time, so that storage which is slower than training slows it down, and memory holds but one copy. An upload that
+        fails for good ends the training: Ray Train raises its error in place of the training's.
 
-        Raises:
-            StorageError: if this machine's disk is full.
+        Args:
+            metrics: for Ray Train.
+            state: with tensors on any device, which may change after this call.
         """
         checkpoint = None
         if self.writes and state is not None:
             self._uploaded.wait()
-            with storage.explained(str(self._folder)):
-                self._folder.mkdir(parents=True, exist_ok=True)
-                _require_space(self._folder, state)
-                folder = tempfile.mkdtemp(dir=self._folder)
-                torch.save(state, Path(folder) / _STATE_FILE)
+            self._staged = self._stager.stage(state)
             self._uploaded.clear()
-            checkpoint = Checkpoint.from_directory(folder)
+            checkpoint = Checkpoint("in-memory", arrow_fs.LocalFileSystem())  # Ray wants one to call `_upload` with
         ray.train.report(
             metrics,
             checkpoint=checkpoint,
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-            delete_local_checkpoint_after_upload=False,  # `_upload` does
+            delete_local_checkpoint_after_upload=False,
             checkpoint_upload_fn=self._upload,
         )
 
-    def _upload(self, checkpoint: Checkpoint, name: str) -> Checkpoint:
-        """Copy a local checkpoint to the run's folder. Ray Train calls this in a thread of its own."""
+    def _upload(self, _: Checkpoint, name: str) -> Checkpoint:
+        """Write the staged state to the run's folder. Ray Train calls this in a thread of its own."""
         url = storage.join(self.run, CHECKPOINTS_FOLDER, name)
-        filesystem, path = storage.arrow_filesystem(url)
 
-        def copy() -> None:
+        def write() -> Checkpoint:
+            filesystem, path = storage.arrow_filesystem(url)
             with storage.explained(url):
                 filesystem.create_dir(path)
-                arrow_fs.copy_files(checkpoint.path, path, arrow_fs.LocalFileSystem(), filesystem)
+                with filesystem.open_output_stream(f"{path}/{_STATE_FILE}") as stream:
+                    _save(self._staged, stream)
+            return Checkpoint(path, filesystem)
 
         try:
-            patiently(copy)
-            shutil.rmtree(checkpoint.path)
+            return patiently(write)
         finally:
+            self._uploaded_at = time.monotonic()
             self._uploaded.set()
-        return Checkpoint(path, filesystem)
 
     def _delete_unfinished(self) -> None:
         """Delete what killed uploads have left."""
@@ -117,23 +127,30 @@ class Checkpoints:
             storage.delete(storage.join(folder, name))
 
 
-def _require_space(folder: Path, state: dict[str, Any]) -> None:
-    """What torch says of a full disk names neither the disk nor that it is full."""
-    needed = _tensor_bytes(state)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise StorageError(
-            f"{folder}: no space left on the device for a checkpoint of {needed:,} bytes, of which there are {free:,}: "
-            "free some, or set TMPDIR to a larger disk."
-        )
+class _Sink:
+    """A stream that remembers why it could not be written to."""
+
+    def __init__(self, stream: pa.NativeFile) -> None:
+        self._stream, self.failure = stream, None
+
+    def write(self, data: memoryview) -> int:
+        try:
+            return self._stream.write(data)
+        except Exception as error:
+            self.failure = error
+            raise
+
+    def flush(self) -> None:
+        """There is nothing that `write` keeps back."""
 
 
-def _tensor_bytes(value: Any) -> int:
-    if isinstance(value, torch.Tensor):
-        return value.nbytes
-    if isinstance(value, dict):
-        return sum(map(_tensor_bytes, value.values()))
-    return 0
+def _save(state: Any, stream: pa.NativeFile) -> None:
+    """As torch.save, which of a stream that fails says no more than that its position is unexpected."""
+    sink = _Sink(stream)
+    try:
+        torch.save(state, cast(IO[bytes], sink))
+    except RuntimeError as error:
+        raise sink.failure or error from error
 
 
 def best_iterations(validation: Sequence[dict[str, Any]], keep: int) -> list[int]:

@@ -37,6 +37,31 @@ class Interrupted(BaseException):
 
 
 @contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """A `with` block in which a termination signal (SIGTERM) ends the work as Ctrl-C does; further ones are ignored.
+
+    Without it Python ends at once and leaves things as they are, and Ray exits with a code and a text of its own. It is
+    for whatever runs in the main thread; elsewhere it changes nothing.
+
+    Raises:
+        KeyboardInterrupt: if the signal comes. Whatever else a handler raises, `ray.get` would keep to itself.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:  # noqa: ARG001 - the signature of a handler
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what has to be tidied up is tidied up once
+        raise KeyboardInterrupt
+
+    handler = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+@contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """A `with` block around Ray Train or Ray Tune, after which Ctrl-C means again what it meant before.
 
@@ -93,12 +118,14 @@ def connected() -> Iterator[None]:
         PipelineError: if RAY_ADDRESS is set but no cluster answers there.
     """
     started = not ray.is_initialized()
-    connect()
-    try:
-        yield
-    finally:
-        if started:
-            ray.shutdown()
+    with terminable():
+        connect()
+        with terminable():  # again, for Ray has put a handler of its own in place
+            try:
+                yield
+            finally:
+                if started:
+                    ray.shutdown()
 
 
 def connect() -> None:

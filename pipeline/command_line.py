@@ -15,7 +15,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from pipeline import storage
-from pipeline.cluster import Interrupted
+from pipeline.cluster import Interrupted, terminable
 from pipeline.errors import PipelineError, mendable_cause
 from pipeline.redaction import redacted
 
@@ -146,7 +146,8 @@ def run_workflow(
 def guarded(work: Callable[[], object]) -> int:
     """Run `work` and return an exit code, printing one clear line for whatever goes wrong."""
     try:
-        work()
+        with terminable():
+            work()
     except (KeyboardInterrupt, Interrupted):
         print("interrupted: run the same command again to go on", file=sys.stderr, flush=True)
         return 130

@@ -3,9 +3,9 @@
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,7 @@ INFO_FILE = "dataset.json"
 REJECTS_FOLDER = "_rejects"
 DUPLICATES_FOLDER = "_duplicates"
 SCHEMA_VERSION = 1
+_FOOTER_BYTES = 8192  # of a file's end, in which the footers of files of a few row groups lie
 
 SCHEMA = pa.schema(
     [
@@ -37,8 +38,6 @@ SCHEMA = pa.schema(
     ]
 )
 REJECT_SCHEMA = pa.schema([(name, pa.string()) for name in ("source_uri", "split", "reason", "detail")])
-
-_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -93,6 +92,7 @@ class SegmentationDataset:
 
     url: str
     info: DatasetInfo
+    _chunks: dict[str, list["Chunk"]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def classes(self) -> Classes:
@@ -128,12 +128,19 @@ class SegmentationDataset:
         return split
 
     def chunks(self, name: str) -> list["Chunk"]:
-        """The row groups of a split, in a fixed order: the unit in which training reads and shuffles."""
-        chunks = []
-        for path in sorted(self.split(name).files):
-            for group, rows in enumerate(_group_rows(storage.join(self.url, path))):
-                chunks.append(Chunk(storage.join(self.url, path), group, rows))
-        return chunks
+        """The row groups of a split, in a fixed order: the unit in which training reads and shuffles.
+
+        The footers of its files are read the first time, and kept with the chunks.
+        """
+        if name not in self._chunks:
+            chunks = []
+            for path in sorted(self.split(name).files):
+                url = storage.join(self.url, path)
+                footer = _footer(url)
+                for group in range(footer.num_row_groups):
+                    chunks.append(Chunk(url, group, footer.row_group(group).num_rows, footer))
+            self._chunks[name] = chunks
+        return list(self._chunks[name])
 
     def rows(self, name: str, columns: Sequence[str] | None = None, shard: tuple[int, int] = (0, 1)) -> Iterator[dict]:
         """The rows of a split as dicts, one row group in memory at a time.
@@ -176,7 +183,8 @@ class SegmentationDataset:
         many files, which then a single worker gets.
         """
         connect()
-        chunks = pa.Table.from_pylist([dataclasses.asdict(chunk) for chunk in self.chunks(name)])
+        places = [{"url": chunk.url, "row_group": chunk.row_group, "rows": chunk.rows} for chunk in self.chunks(name)]
+        chunks = pa.Table.from_pylist(places)
         reader = _ChunkReader(tuple(columns) if columns else None)
         listed = ray.data.from_arrow([chunks.slice(index, 1) for index in range(chunks.num_rows)])
         return listed.map_batches(reader, batch_format="pyarrow", num_cpus=IO_TASK_CPUS)
@@ -184,20 +192,35 @@ class SegmentationDataset:
 
 @dataclass(frozen=True)
 class Chunk:
-    """One row group of one Parquet file."""
+    """One row group of one Parquet file.
+
+    Args:
+        url: of the file.
+        row_group: its index in the file.
+        rows: their number.
+        footer: of the file; without it, it is read with the rows.
+    """
 
     url: str
     row_group: int
     rows: int
+    footer: pq.FileMetaData | None = field(default=None, repr=False, compare=False)
 
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """Its rows; the only bytes read are its own and the file's footer. Waits for a store that is out of reach.
+        """Its rows; no bytes are read but its own. Waits for a store that is out of reach.
 
         Raises:
             StorageError: if the store does not give them.
         """
         chosen = list(columns) if columns else None
-        return _from_parquet(self.url, lambda file: file.read_row_group(self.row_group, columns=chosen))
+
+        def attempt() -> pa.Table:
+            with storage.explained(self.url):
+                filesystem, path = storage.arrow_filesystem(self.url)
+                with pq.ParquetFile(path, filesystem=filesystem, metadata=self.footer) as file:
+                    return file.read_row_group(self.row_group, columns=chosen)
+
+        return patiently(attempt)
 
 
 class TorchSplit(torch.utils.data.Dataset[dict[str, Any]]):
@@ -279,18 +302,18 @@ def quantiles(counts: Mapping[int, int]) -> dict[str, int]:
     return {name: values[bisect.bisect_left(reached, max(1, share * reached[-1]))] for name, share in shares.items()}
 
 
-def _group_rows(url: str) -> list[int]:
-    def rows(file: pq.ParquetFile) -> list[int]:
-        return [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+def _footer(url: str) -> pq.FileMetaData:
+    """The footer of a Parquet file, for which pyarrow by itself would fetch 64 KiB of each."""
 
-    return _from_parquet(url, rows)
-
-
-def _from_parquet(url: str, read: Callable[[pq.ParquetFile], _Found]) -> _Found:
-    def attempt() -> _Found:
+    def attempt() -> pq.FileMetaData:
         with storage.explained(url):
             filesystem, path = storage.arrow_filesystem(url)
-            with pq.ParquetFile(path, filesystem=filesystem) as file:
-                return read(file)
+            with filesystem.open_input_file(path) as file:
+                size = file.size()
+                end = file.read_at(min(size, _FOOTER_BYTES), max(0, size - _FOOTER_BYTES))
+                needed = int.from_bytes(end[-8:-4], "little") + 8  # its own length and four letters come last
+                if len(end) < needed <= size:
+                    end = file.read_at(needed - len(end), size - needed) + end
+            return pq.read_metadata(pa.BufferReader(end))
 
     return patiently(attempt)

@@ -10,6 +10,7 @@ from typing import Literal, cast
 import torch
 import torch.distributed
 from ray.train.torch import prepare_model
+from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -42,6 +43,14 @@ def shard(model: RSSNet) -> None:
     for block in _blocks(model.backbone):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+
+
+def with_shared_statistics(model: RSSNet) -> RSSNet:
+    """The model with batch norms that take their statistics over all workers; only some backbones have any.
+
+    They compute on GPUs alone. By timm's converter, for torch's drops the activations that timm's norms hold.
+    """
+    return cast(RSSNet, convert_sync_batchnorm(model))
 
 
 def whole_model(model: RSSNet) -> RSSNet:

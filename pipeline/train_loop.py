@@ -11,23 +11,22 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import ray.train
 import ray.train.torch
 import torch
 import torch.distributed
 from ray.util import get_current_placement_group
-from timm.layers.norm_act import convert_sync_batchnorm
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
 from pipeline import dataset, storage
 from pipeline.checkpoints import Checkpoints, best_iterations
+from pipeline.device_batches import DeviceBatch, device_batches
 from pipeline.errors import PipelineError
-from pipeline.parallel_model import parallel_model, shard, whole_model
+from pipeline.parallel_model import parallel_model, shard, whole_model, with_shared_statistics
 from pipeline.prediction import predictor_of, write_inference
 from pipeline.progress import Reporter
-from pipeline.sample_stream import plan_windows, sample_batches
+from pipeline.sample_stream import batches_ahead, plan_windows, sample_batches
 from pipeline.scoring import COLUMNS, confusion_matrix
 from pipeline.storage_errors import patiently
 from pipeline.train_step import TrainStep, mean_over_workers
@@ -40,6 +39,7 @@ from rssnet.metrics import ConfusionMatrix
 from rssnet.serialization import CONFIG
 
 LOG_EVERY = 10
+NOTICED_EVERY = 5  # iterations between looks at whether another checkpoint can be made before a node goes
 SCORES = ("miou", "macc", "aacc")  # of a validation
 PLACEMENT_GROUP = "placement_group"  # among the reported metrics: its id
 
@@ -72,9 +72,7 @@ class _Training:
         if config.resources.channels_last:
             model = model.to(memory_format=self.layout)  # pyright: ignore[reportCallIssue] as in parallel_model
         if self.world_size > 1 and config.resources.use_gpu:
-            model = cast(RSSNet, convert_sync_batchnorm(model))  # only some backbones have any
-        self.mean = torch.tensor(model.pixel_mean, device=self.device).view(1, 3, 1, 1) * 255
-        self.std = torch.tensor(model.pixel_std, device=self.device).view(1, 3, 1, 1) * 255
+            model = with_shared_statistics(model)
         shared = mean_over_workers if self.world_size > 1 else alone
         average = self._average(model)
         parallel = parallel_model(model, config.resources.parallelism)
@@ -123,10 +121,9 @@ class _Training:
         for batch in self._batches():
             # Seeded anew for each step: a resumed run draws the same drop path masks without stored random states.
             torch.manual_seed(hash((config.seed, self.step.iteration, self.rank)) % 2**63)
-            images, labels = self._on_device(batch)
-            loss = self.step(images, labels)
+            loss = self.step(batch.images, batch.labels)
             if self.step.skipped_in_a_row:
-                self._skipped(batch, images, labels, loss)
+                self._skipped(batch, loss)
             self.clock.stepped()
             log, evaluate, checkpoint = self._due()
             if log:
@@ -140,9 +137,9 @@ class _Training:
             self._keep(model, MODEL_FOLDER)
             self.log.finish()
 
-    def _batches(self) -> Iterator[dict[str, np.ndarray]]:
+    def _batches(self) -> Iterator[DeviceBatch]:
         """The batches that are still to come; the time that they are waited for is counted."""
-        config, done = self.config, self.step.iteration
+        config, resources, done = self.config, self.config.resources, self.step.iteration
         if done >= config.iterations:
             return
         share, rest = divmod(config.batch_size, self.world_size)
@@ -152,17 +149,19 @@ class _Training:
         chunks = self.data.chunks(config.train_split)
         shard = (self.rank, self.world_size)
         windows = plan_windows(chunks, config.seed, shard, done * batch_size, config.iterations * batch_size)
-        beside = not config.resources.use_gpu
-        with contextlib.closing(sample_batches(windows, augmentation, config.seed, batch_size, beside)) as batches:
-            self.clock.start()
+        ahead, beside = batches_ahead(self.world_size, resources.cpus_per_worker), not resources.use_gpu
+        samples = sample_batches(windows, augmentation, config.seed, batch_size, ahead, beside)
+
+        def waited_for() -> Iterator[dict[str, Any]]:
             for _ in range(done, config.iterations):
                 with self.clock.waiting():
-                    batch = next(batches)
+                    batch = next(samples)
                 yield batch
 
-    def _on_device(self, batch: dict[str, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-        images = torch.as_tensor(batch["image"], device=self.device).to(memory_format=self.layout)
-        return (images.float() - self.mean) / self.std, torch.as_tensor(batch["label"], device=self.device).long()
+        self.clock.start()
+        yield from device_batches(
+            waited_for(), self.device, self.model.pixel_mean, self.model.pixel_std, memory_format=self.layout
+        )
 
     def _due(self) -> tuple[bool, bool, bool]:
         """Whether this iteration is logged, evaluated, and kept as a checkpoint."""
@@ -172,7 +171,16 @@ class _Training:
         checkpoint = last or iteration % config.checkpoint_every == 0
         if iteration % LOG_EVERY == 0 and not self.preempted and ray.train.get_preemption_info() is not None:
             checkpoint = self.preempted = True  # a node is to be taken away: what is done so far is kept now
+        elif iteration % NOTICED_EVERY == 0 and self.preempted:  # and from now on as often as that costs nothing
+            checkpoint |= self._first_is_idle()
         return log, evaluate, checkpoint
+
+    def _first_is_idle(self) -> bool:
+        """Whether the first worker has stored its last checkpoint, as all of them are told."""
+        idle = torch.tensor(float(self.checkpoints.idle), device=self.device)
+        if self.world_size > 1:
+            torch.distributed.broadcast(idle, 0)
+        return bool(idle)
 
     def _log(self, loss: float) -> None:
         if self.log is None:
@@ -199,16 +207,14 @@ class _Training:
             note += f", {self.log.lost}"
         self.reporter.update(iteration, note)
 
-    def _skipped(
-        self, batch: dict[str, np.ndarray], images: torch.Tensor, labels: torch.Tensor, loss: torch.Tensor
-    ) -> None:
+    def _skipped(self, batch: DeviceBatch, loss: torch.Tensor) -> None:
         """Write down what a skipped step was taken with, and end the training where too many follow each other.
 
         All workers are here, for what they skip by is the gradient that they share.
         """
-        mine: dict[str, Any] = {"worker": self.rank, "loss": str(float(loss)), "images": batch["image_id"].tolist()}
+        mine: dict[str, Any] = {"worker": self.rank, "loss": str(float(loss)), "images": batch.image_ids}
         try:
-            check_batch(images, labels, self.step.criterion.num_classes)
+            check_batch(batch.images, batch.labels, self.step.criterion.num_classes)
         except ValueError as error:
             mine["fault"] = str(error)
         gathered: list[Any] = [mine]

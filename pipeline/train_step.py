@@ -114,12 +114,13 @@ class TrainStep:
         return torch.stack(losses).sum()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a later process needs to go on as if it were this one, on the CPU.
+        """All that a later process needs to go on as if it were this one.
 
-        Of a model in shards it is whole, so that another number of workers can go on with it. All workers have to call
-        this then, and the first one alone gets tensors.
+        The tensors are those that the next step changes, on their device: copy them before it. Of a model in shards
+        they are gathered, whole and on the CPU, so that another number of workers can go on with them. All workers have
+        to call this then, and the first one alone gets tensors.
         """
-        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=isinstance(self.model, FSDPModule))
         model = get_model_state_dict(self.model, options=whole)
         optimizer = None  # before the first step that was not skipped
         if self.optimizer.state:

@@ -15,13 +15,13 @@ from pipeline import dataset, storage
 from pipeline.checkpoints import CHECKPOINTS_FOLDER
 from pipeline.cluster import connected, interruptible, require_capacity
 from pipeline.dataset import SegmentationDataset
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, mendable_cause
 from pipeline.evaluation import scores_text
 from pipeline.parallel_model import Parallelism
 from pipeline.prediction import InferenceConfig, predictor_of
 from pipeline.progress import Progress, Reporter, announce
 from pipeline.run_record import RunRecord, finished_record, record_run, refuse_other_work
-from pipeline.sample_stream import FEEDING_CPUS
+from pipeline.sample_stream import DECODE_CPUS, FEEDING_CPUS
 from pipeline.storage_errors import StorageOutage, explanation, patiently
 from pipeline.trackers import tracker_names
 from pipeline.transforms import AugmentationConfig
@@ -77,7 +77,8 @@ class ResourcesConfig:
             gradients and moments.
         use_gpu: one GPU for each worker.
         cpus_per_worker: CPUs that Ray reserves for each worker; rounded up, its number of threads.
-        max_failures: how often a failed worker group is started again from its last checkpoint.
+        max_failures: how often a failed worker group is started again from its last checkpoint; not after an error that
+            would come again, such as too many steps without a finite gradient.
         compile: let torch.compile make the forward and backward pass faster, after minutes of compiling.
         channels_last: lay images and weights out as convolutions on GPUs like them.
     """
@@ -250,17 +251,36 @@ def fit(config: TrainConfig, reporter: Reporter, callbacks: Sequence[UserCallbac
     """
     from pipeline.train_loop import train_worker  # the loop imports this module for its configuration
 
-    for _ in range(CONTROLLER_FAILURES):
+    outages = 0
+    while True:
         try:
-            return _fit(train_worker, config, reporter, callbacks)
+            return _fit(train_worker, config, reporter, [EndForGood(), *callbacks])
         except ControllerError as error:
+            cause = mendable_cause(error.controller_failure)
+            if cause is not None and not isinstance(cause, StorageOutage):
+                raise cause from error
             # Ray's own record of the checkpoints is written without patience.
-            outage = explanation(config.run, error.controller_failure)
-            if not isinstance(outage, StorageOutage):
+            outage = cause or explanation(config.run, error.controller_failure)
+            outages += 1
+            if not isinstance(outage, StorageOutage) or outages > CONTROLLER_FAILURES:
                 raise
             announce(f"  {outage} Waiting for it, to go on from the last checkpoint.")
             patiently(partial(storage.exists, config.run))
-    return _fit(train_worker, config, reporter, callbacks)
+
+
+class EndForGood(UserCallback):
+    """Ends the training at once with an error that would come again, such as a value that cannot serve.
+
+    Ray Train would start the workers anew `max_failures` times, whatever they have failed of. What a callback raises in
+    its controller becomes the `controller_failure` of what `fit` raises.
+    """
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
+        """Raise the first PipelineError of the workers that waiting will not mend."""
+        for error in worker_exceptions.values():
+            cause = mendable_cause(error)
+            if cause is not None and not isinstance(cause, StorageOutage):
+                raise cause
 
 
 def _fit(
@@ -300,6 +320,8 @@ def _fit(
 
 def needed_cpus(resources: ResourcesConfig) -> float:
     """CPUs of the workers, of the fewest where their number varies, and of the tasks that feed them."""
+    if resources.use_gpu:  # one task after the other, if there is no more
+        return resources.fewest_workers * resources.cpus_per_worker + DECODE_CPUS
     return resources.fewest_workers * (resources.cpus_per_worker + FEEDING_CPUS)
 
 

@@ -9,6 +9,8 @@ much of one that is.
 """
 
 import argparse
+import dataclasses
+import itertools
 import os
 import subprocess
 import sys
@@ -29,6 +31,8 @@ from pipeline.cluster import connected
 from pipeline.images import decode_label, decode_photograph
 from pipeline.ingest import IngestConfig, ingest
 from pipeline.local_s3 import LocalS3
+from pipeline.sample_stream import plan_windows, sample_batches
+from pipeline.train_loop import LOG_EVERY
 from pipeline.train_step import TrainStep, mean_over_workers
 from pipeline.training import OptimizerConfig, ResourcesConfig, TrainConfig, build_optimizer, completed, train
 from pipeline.transforms import Augmentation
@@ -40,6 +44,7 @@ from tests.pipeline.faulty_s3 import faulty_s3
 WARM = 10  # steps that do not count
 STEPS = 60  # that do
 CHECKPOINT_EVERY = 30
+CHECKPOINTS = 5
 NEVER = 10**9
 
 
@@ -122,6 +127,32 @@ def trained(config: TrainConfig) -> tuple[float, float]:
     return rate, float(np.mean([point["data_wait"] for point in warm[1:]]))
 
 
+def checkpoint_seconds(config: TrainConfig) -> tuple[float, float]:
+    """What a checkpoint costs, and a step without one: of one run, in which the steps beside checkpoints are compared
+    with those between them, so that both have the same machine.
+    """
+    train(dataclasses.replace(config, iterations=CHECKPOINT_EVERY * (CHECKPOINTS + 1)))
+    points = storage.read_json(storage.join(config.run, "history.json"))["training"]
+    spans = {False: [], True: []}  # seconds of LOG_EVERY iterations, by whether they begin with a checkpoint
+    for first, last in itertools.pairwise(point for point in points if point["iteration"] >= WARM):
+        spans[first["iteration"] % CHECKPOINT_EVERY == 0].append(last["time"] - first["time"])
+    assert len(spans[True]) == CHECKPOINTS
+    return float(np.mean(spans[True]) - np.mean(spans[False])), float(np.mean(spans[False])) / LOG_EVERY
+
+
+def stream_rate(data: str, config: TrainConfig, ahead: int) -> float:
+    """Images per second of the sample stream alone, with crops of 512 x 512 pixels, once it is warm."""
+    opened, batch_size = dataset.open(data), 4
+    augment = Augmentation(config.augmentation, (512, 512), (0, 0, 0))
+    windows = plan_windows(opened.chunks("train"), 0, (0, 1), 0, 2 * opened.split("train").rows)
+    batches = sample_batches(windows, augment, 0, batch_size, ahead)
+    for _ in itertools.islice(batches, 20):
+        pass
+    started = time.perf_counter()
+    count = sum(len(batch["image"]) for batch in itertools.islice(batches, 100))
+    return count / (time.perf_counter() - started)
+
+
 def bytes_of_an_epoch(source: str) -> tuple[int, int, int]:
     """Bytes of the training split's files, those that one epoch over S3 has fetched of them, and row groups."""
     with LocalS3(Path(tempfile.mkdtemp())) as server:
@@ -174,7 +205,6 @@ def main() -> None:
         parser.error("--data is missing: the CamVid folder")
     device = torch.device(arguments.device)
     rows: list[str] = []
-    cost = ""
     with tempfile.TemporaryDirectory() as folder, connected():
         data = f"{folder}/set"
         ingest(IngestConfig(camvid_of(arguments.data.resolve(), Path(folder) / "source"), data))
@@ -185,14 +215,9 @@ def main() -> None:
             decoding = decode_seconds(data, of(run="")) * rate
             rows.append(f"| {workers} | {bare:.2f} | {rate:.2f} | {rate / bare:.2f} | {waited:.1%} | {decoding:.2f} |")
             print(rows[-1], flush=True)
-            if workers == 1:
-                kept, _ = trained(of(run=f"{folder}/kept", checkpoint_every=CHECKPOINT_EVERY))
-                again, _ = trained(of(run=f"{folder}/again"))
-                cost = (
-                    f"{kept:.2f} images/s with a checkpoint every {CHECKPOINT_EVERY} steps, beside {rate:.2f} before "
-                )
-                cost += f"and {again:.2f} after without any"
-                print(cost, flush=True)
+        of = partial(config_of, data, workers=1, device=arguments.device)
+        cost, step = checkpoint_seconds(of(run=f"{folder}/kept", checkpoint_every=CHECKPOINT_EVERY))
+        rates = [f"{stream_rate(data, of(run=''), ahead):.0f} images/s with {ahead}" for ahead in (1, 2)]
         size, fetched, groups = (0, 0, 0) if device.type == "cuda" else bytes_of_an_epoch(data)
     header = "\n".join(f"- {name}: {value}" for name, value in describe(device).items())
     model = "ViT-L at 512 x 512, bf16" if device.type == "cuda" else "ViT-S at 224 x 224, fp32, one thread each"
@@ -206,12 +231,16 @@ def main() -> None:
 |---|---|---|---|---|---|
 {chr(10).join(rows)}
 
-One worker: {cost}.
+A checkpoint, to the disk of this machine, costs {cost:.2f} s of the step loop, where a step takes {step:.2f} s: \
+{cost / (50 * step):.1%} of throughput at every 50 steps. One worker, {CHECKPOINTS} checkpoints; the {LOG_EVERY} steps \
+after each beside all others of the same run.
+
+The sample stream alone, crops of 512 x 512: {", ".join(rates)} task(s) that decode at a time.
 """
     if size:
         text += f"""
 One epoch over S3 fetches {fetched:,} bytes of the {size:,} that the training split's files have: {fetched / size:.3f} \
-times each (a footer of up to 64 KiB comes with each of the {groups} row groups).
+times each, in {groups} row groups.
 """
     results_file("train", device, ".md").write_text(text)
     print(text)

@@ -1,8 +1,11 @@
 """How a workflow is called: flags, YAML, environment, help; and how it ends: an exit code and one line."""
 
+import os
 import runpy
+import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -246,6 +249,24 @@ def raising(error: BaseException) -> Callable[[], None]:
 def test_a_failure_that_can_be_mended_is_one_line(capsys, error: BaseException, code: int, line: str) -> None:
     assert guarded(raising(error)) == code
     assert capsys.readouterr() == ("", line)
+
+
+def test_a_termination_signal_ends_the_work_as_ctrl_c_does(capsys) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    ended = []
+
+    def work() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)  # impatient; what is tidied up here is still tidied up
+            ended.append("tidied up")
+
+    assert guarded(work) == 130
+    assert capsys.readouterr() == ("", "interrupted: run the same command again to go on\n")
+    assert ended == ["tidied up"]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_mendable_failure_is_found_below_what_wraps_it(capsys) -> None:

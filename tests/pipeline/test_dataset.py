@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from pipeline.dataset import SCHEMA, DatasetInfo, SplitInfo
 from pipeline.errors import PipelineError
 from pipeline.images import encode_png
 from pipeline.parquet_sink import ROW_GROUP_ROWS, write_table
+from tests.pipeline.faulty_s3 import faulty_s3
 
 LABEL = encode_png(np.zeros((2, 3), np.uint8))
 
@@ -74,6 +77,37 @@ def test_it_opens_to_what_was_written(tmp_path: Path) -> None:
     assert opened.info == info
     assert opened.classes.names == ("road", "car")
     assert opened.classes.palette == ((128, 64, 128), (64, 0, 128))
+
+
+def test_reading_all_chunks_fetches_each_byte_once(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a file of a few row groups, and of one whose footer is larger than what is first asked for."""
+    generator, files = np.random.default_rng(0), {}
+    for name, count, size in (("few", 2 * ROW_GROUP_ROWS, 10_000), ("many", 300 * ROW_GROUP_ROWS, 100)):
+        table = rows("train", range(count))
+        images = pa.array([generator.bytes(size) for _ in range(count)], pa.binary())
+        files[f"train/{name}.parquet"] = count
+        write_table(storage.join(bucket, f"train/{name}.parquet"), table.set_column(1, "image", images))
+    total = sum(files.values())
+    split = SplitInfo(total, total, [6 * total, 0], files)
+    info = dataclasses.replace(write_dataset(bucket), splits={"train": split})
+    dataset.write_info(bucket, info)
+    place = bucket.removeprefix("s3://")
+    with faulty_s3(os.environ["AWS_ENDPOINT_URL"], {}) as store, monkeypatch.context() as patched:
+        patched.setenv("AWS_ENDPOINT_URL", store.endpoint)
+        data = dataset.open(bucket)
+        for again in range(2):  # the second time without the footers
+            chunks = data.chunks("train")
+            assert [chunk.rows for chunk in chunks] == [ROW_GROUP_ROWS] * (total // ROW_GROUP_ROWS)
+            assert sum(chunk.read().num_rows for chunk in chunks if "few" in chunk.url) == 2 * ROW_GROUP_ROWS
+            fetched = store.served[f"{place}/train/few.parquet"] / storage.stat(chunks[0].url).size
+            assert (1 + again) * 0.98 < fetched <= 1.02 + again
+    footer = store.served[f"{place}/train/many.parquet"]
+    with pq.ParquetFile(pa.BufferReader(storage.read_bytes(chunks[-1].url))) as file:
+        assert file.metadata.serialized_size > 8192
+        assert footer == file.metadata.serialized_size + 8
+    everything = pickle.loads(pickle.dumps(chunks[-1])).read()  # as it comes to a task
+    last = range(files["train/many.parquet"])[-ROW_GROUP_ROWS:]
+    assert everything["image_id"].to_pylist() == [f"train/{number:03}" for number in last]
 
 
 def test_it_opens_from_an_object_store(bucket: str) -> None:

@@ -1,14 +1,16 @@
 """A model in shards computes what the whole model does, and is whole again when asked for."""
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed
+from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
 from torch.distributed.fsdp import FSDPModule
 
-from pipeline.parallel_model import shard, whole_model
+from pipeline.parallel_model import shard, whole_model, with_shared_statistics
 from rssnet import RSSNet, RSSNetConfig
 
 BACKBONES = {
@@ -49,3 +51,24 @@ def test_a_model_in_shards_is_the_same_model(backbone: str, tmp_path: Path) -> N
     whole.save_pretrained(str(tmp_path))
     with torch.no_grad():
         torch.testing.assert_close(RSSNet.from_pretrained(str(tmp_path)).eval()(images).logits, expected)
+
+
+def test_norms_with_shared_statistics_keep_weights_and_activations() -> None:
+    """Without a group of workers they are ordinary batch norms, so that the CPU can tell."""
+    torch.manual_seed(0)
+    config = RSSNetConfig(backbone="efficientnet_lite0", num_classes=4, image_size=64, decoder_width=16)
+    model, images = RSSNet(config), torch.randn(2, 3, 64, 64)
+    converted = with_shared_statistics(copy.deepcopy(model))
+    kinds = {type(module) for module in converted.modules()}
+    assert SyncBatchNormAct in kinds
+    assert not kinds & {BatchNormAct2d, torch.nn.BatchNorm2d}
+    assert converted.state_dict().keys() == model.state_dict().keys()
+    for either in (model, converted):
+        either.train()
+    torch.manual_seed(1)
+    expected = model(images).logits
+    torch.manual_seed(1)
+    torch.testing.assert_close(converted(images).logits, expected)
+    for either in (model, converted):
+        either.eval()
+    torch.testing.assert_close(converted(images).logits, model(images).logits)

@@ -1,12 +1,16 @@
 """What a training worker sees: fixed by seed, world size and position alone, each sample once an epoch over all."""
 
 import itertools
+import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +18,7 @@ from pipeline import dataset, storage
 from pipeline.dataset import SCHEMA, Chunk, DatasetInfo, SplitInfo
 from pipeline.images import encode_png
 from pipeline.parquet_sink import write_table
-from pipeline.sample_stream import Window, plan_windows, sample_batches
+from pipeline.sample_stream import Window, batches_ahead, plan_windows, sample_batches
 from pipeline.transforms import Augmentation, AugmentationConfig
 
 HEIGHT, WIDTH = 6, 8
@@ -29,12 +33,21 @@ CHUNKS = st.lists(st.integers(1, 9), min_size=1, max_size=11).map(chunks_of)
 SEEDS = st.integers(0, 2**31)
 WORLD_SIZES = st.integers(1, 3)
 
-Place = tuple[tuple[tuple[int, Chunk], ...], int]
+Place = tuple[int, tuple[Chunk, ...], int]
 
 
 def places(windows: list[Window]) -> list[Place]:
     """A stream without its bytes: for each sample, its window and its place in that window's order."""
-    return [(window.chunks, place) for window in windows for place in range(window.skip, window.skip + window.samples)]
+    return [
+        (window.epoch, window.chunks, place)
+        for window in windows
+        for place in range(window.skip, window.skip + window.samples)
+    ]
+
+
+def entries(windows: list[Window]) -> list[tuple[int, Chunk]]:
+    """What is read, in order: each chunk with its epoch."""
+    return [(window.epoch, chunk) for window in windows for chunk in window.chunks]
 
 
 @settings(deadline=None)
@@ -46,8 +59,7 @@ def test_each_epoch_reads_each_chunk_once_over_all_workers(
     read = Counter(
         epoch_and_chunk
         for rank in range(world_size)
-        for window in plan_windows(chunks, seed, (rank, world_size), 0, stop)
-        for epoch_and_chunk in window.chunks
+        for epoch_and_chunk in entries(plan_windows(chunks, seed, (rank, world_size), 0, stop))
     )
     assert max(read.values()) == 1
     assert {(epoch, chunk) for epoch in range(epochs) for chunk in chunks} <= read.keys()
@@ -76,15 +88,18 @@ def test_no_window_is_read_that_holds_nothing_asked_for(
     assert windows[0].samples >= 1
 
 
+@given(CHUNKS, SEEDS)
+def test_one_worker_reads_an_epoch_and_nothing_of_the_next(chunks: list[Chunk], seed: int) -> None:
+    windows = plan_windows(chunks, seed, (0, 1), 0, sum(chunk.rows for chunk in chunks))
+    assert {window.epoch for window in windows} == {0}
+    assert Counter(chunk for _, chunk in entries(windows)) == Counter(chunks)
+
+
 def test_workers_take_turns_so_that_none_has_more_chunks_of_an_epoch_than_another() -> None:
     chunks = chunks_of([4] * 7)
     for epoch in range(3):
         shares = [
-            sum(
-                entry[0] == epoch
-                for window in plan_windows(chunks, 0, (rank, 3), 0, 3 * 7 * 4)
-                for entry in window.chunks
-            )
+            sum(number == epoch for number, _ in entries(plan_windows(chunks, 0, (rank, 3), 0, 3 * 7 * 4)))
             for rank in range(3)
         ]
         assert sorted(shares) == [2, 2, 3]
@@ -92,9 +107,7 @@ def test_workers_take_turns_so_that_none_has_more_chunks_of_an_epoch_than_anothe
 
 def test_another_seed_and_another_epoch_have_another_order() -> None:
     chunks = chunks_of([1] * 12)
-    first, same, other = (
-        [entry for window in plan_windows(chunks, seed, (0, 1), 0, 24) for entry in window.chunks] for seed in (1, 1, 2)
-    )
+    first, same, other = (entries(plan_windows(chunks, seed, (0, 1), 0, 24)) for seed in (1, 1, 2))
     assert first == same
     assert first != other
     orders = [[chunk for epoch, chunk in first if epoch == number] for number in (0, 1)]
@@ -142,12 +155,12 @@ EPOCH = 24
 
 
 def samples(
-    chunks: list[Chunk], seed: int, shard: tuple[int, int], start: int, stop: int, batch_size: int = 2
+    chunks: list[Chunk], seed: int, shard: tuple[int, int], start: int, stop: int, batch_size: int = 2, ahead: int = 2
 ) -> list[tuple[str, bytes, bytes]]:
     """A stream from `start` to `stop`, sample by sample: its id, and the bytes of what the model sees."""
     found = []
     windows = plan_windows(chunks, seed, shard, start, stop)
-    for batch in sample_batches(windows, AUGMENTATION, seed, batch_size):
+    for batch in sample_batches(windows, AUGMENTATION, seed, batch_size, ahead):
         assert batch["image"].shape == (batch_size, 3, 5, 7)
         assert batch["label"].shape == (batch_size, 5, 7)
         assert batch["image"].dtype == batch["label"].dtype == np.uint8
@@ -185,6 +198,45 @@ def test_rows_of_a_window_are_shuffled_among_each_other(two_epochs) -> None:
 
 def test_the_same_seed_gives_the_same_samples_whatever_the_batch_size(chunks, two_epochs) -> None:
     assert samples(chunks, 5, (0, 1), 0, EPOCH, batch_size=6) == two_epochs[:EPOCH]
+
+
+@pytest.mark.parametrize("ahead", [1, 5, 99])
+def test_more_tasks_that_decode_ahead_change_nothing(chunks, two_epochs, ahead: int) -> None:
+    assert samples(chunks, 5, (0, 1), 0, EPOCH, ahead=ahead) == two_epochs[:EPOCH]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_several_tasks_decode_at_a_time(chunks, tmp_path: Path) -> None:
+    """Each waits here until the other has begun."""
+    windows = plan_windows(chunks, 5, (0, 1), 0, 4)
+    batches = sample_batches(windows, cast(Augmentation, Meeting(tmp_path)), 5, batch_size=1, ahead=2, beside=True)
+    assert [batch["image"].shape for batch in itertools.islice(batches, 2)] == [(1, 3, 5, 7)] * 2
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """An augmentation that waits for another one."""
+
+    place: Path
+
+    def __call__(self, image: np.ndarray, label: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        (self.place / str(seed)).touch()
+        deadline = time.monotonic() + 60
+        while len(list(self.place.iterdir())) < 2:
+            assert time.monotonic() < deadline, "nobody else decodes"
+            time.sleep(0.01)
+        return AUGMENTATION(image, label, seed)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "workers", "cpus_per_worker", "expected"),
+    [(2, 1, 1.0, 2), (16, 1, 2.0, 14), (64, 8, 2.0, 6), (999, 1, 1, 16)],
+)
+def test_as_many_batches_are_decoded_ahead_as_the_cluster_has_cpus_beside_its_workers(
+    monkeypatch: pytest.MonkeyPatch, cpus: int, workers: int, cpus_per_worker: float, expected: int
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": float(cpus)})
+    assert batches_ahead(workers, cpus_per_worker) == expected
 
 
 def test_another_seed_gives_another_stream(chunks, two_epochs) -> None:

@@ -7,6 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,15 +20,24 @@ from PIL import Image
 from timm.utils.model_ema import ModelEmaV3
 
 from pipeline import storage
-from pipeline.errors import PipelineError, mendable_cause
+from pipeline.errors import PipelineError
 from pipeline.parallel_model import Parallelism, shard, whole_model
 from pipeline.run_record import read_record
+from pipeline.storage_errors import StorageOutage
 from pipeline.train_step import TrainStep, mean_over_workers
-from pipeline.training import OptimizerConfig, ResourcesConfig, train
+from pipeline.training import EndForGood, OptimizerConfig, ResourcesConfig, train
 from rssnet import LossConfig, RSSNet, RSSNetLoss
 from rssnet.losses import alone
 from tests.pipeline.labelled_source import REPOSITORY
-from tests.pipeline.training_runs import MODEL, TRAIN_SCRIPT, await_checkpoint, config_of, weights, write_scenes
+from tests.pipeline.training_runs import (
+    GUARDED_SCRIPT,
+    MODEL,
+    TRAIN_SCRIPT,
+    await_checkpoint,
+    config_of,
+    weights,
+    write_scenes,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -126,19 +136,53 @@ def test_after_a_killed_driver_the_same_command_goes_on_and_ends_with_the_same_w
     assert second["iteration"] > 0
 
 
-def test_a_training_whose_gradients_are_not_finite_ends_and_says_with_which_images(scenes: str, tmp_path: Path) -> None:
-    config = config_of(scenes, tmp_path, nonfinite_limit=3, resources=ResourcesConfig(max_failures=0))
+def test_a_training_whose_gradients_are_not_finite_ends_at_once_and_says_with_which_images(
+    scenes: str, tmp_path: Path
+) -> None:
+    config = config_of(scenes, tmp_path, nonfinite_limit=3)
     config = dataclasses.replace(config, optimizer=OptimizerConfig(lr=1e25, warmup_iterations=0))
-    with pytest.raises(Exception) as caught:  # noqa: PT011 - what Ray wraps it in is not ours
+    assert config.resources.max_failures > 0
+    with pytest.raises(PipelineError, match="3 steps in a row, up to iteration") as caught:
         train(config)
-    error = mendable_cause(caught.value)
-    assert isinstance(error, PipelineError)
-    assert "3 steps in a row, up to iteration" in str(error)
-    assert str(error).endswith("lower optimizer.lr, or clip the gradient.")
+    assert str(caught.value).endswith("lower optimizer.lr, or clip the gradient.")
     skipped = storage.read_json(str(tmp_path / "history.json"))["skipped"]
     assert len(skipped) == 3
     assert all(len(worker["images"]) == 2 for step in skipped for worker in step["workers"])
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1, "the workers were started again"
     assert not (tmp_path / "model").exists()
+
+
+def test_only_what_would_come_again_ends_a_training_at_once() -> None:
+    ends = EndForGood()
+    lost, outage = RuntimeError("a worker was lost"), StorageOutage("the store is away")
+    ends.after_exception(None, {0: lost, 1: outage})  # both may go better another time
+    wrapped = RuntimeError("in the training function")
+    wrapped.__cause__ = PipelineError("Lower the rate.")
+    with pytest.raises(PipelineError, match=r"Lower the rate\."):
+        ends.after_exception(None, {0: lost, 1: wrapped})
+
+
+def test_a_driver_that_is_asked_to_end_says_so_in_one_line(scenes: str, tmp_path: Path) -> None:
+    config = config_of(scenes, tmp_path / "run")
+    (tmp_path / "config.pickle").write_bytes(pickle.dumps(config))
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    command = [sys.executable, "-c", GUARDED_SCRIPT, str(tmp_path / "config.pickle")]
+    driver = subprocess.Popen(command, env=environment, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 100
+        while not list(tmp_path.glob("run/checkpoints/*")):  # which Ray Train makes before it has any
+            assert driver.poll() is None
+            assert time.monotonic() < deadline, "no training has begun"
+            time.sleep(0.02)
+        driver.send_signal(signal.SIGTERM)
+        _, said = driver.communicate(timeout=60)
+    finally:
+        driver.kill()
+        driver.wait()
+    assert (driver.returncode, said) == (130, "interrupted: run the same command again to go on\n")
+    record = read_record(config.run)
+    assert record is not None
+    assert (record.outcome, record.error) == ("failed", "interrupted")
 
 
 def _batch() -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 import ray
+import torch
 
 from pipeline import storage
+from pipeline.train_loop import LOG_EVERY, NOTICED_EVERY
 from pipeline.training import ResourcesConfig, TrainConfig, train
 from tests.pipeline.faulty_s3 import OUTAGE, faulty_s3
 from tests.pipeline.labelled_source import REPOSITORY
@@ -79,19 +81,23 @@ def test_an_elastic_run_goes_on_with_the_workers_that_are_left(scenes: str, tmp_
     assert history["validation"][-1]["iteration"] == 60
 
 
-def test_a_spot_notice_makes_a_checkpoint_at_once(scenes: str, tmp_path: Path) -> None:
+def test_after_a_spot_notice_checkpoints_follow_each_other_until_the_node_goes(scenes: str, tmp_path: Path) -> None:
     config = config_of(
         scenes,
         tmp_path / "run",
         iterations=400,
         evaluate_every=400,
         checkpoint_every=111,  # no multiple of the iterations at which notices are looked for
-        keep_checkpoints=9,
+        keep_checkpoints=99,
         resources=TWO_WORKERS,
     )
     train_on_two_nodes(config, "preempt", tmp_path)
     kept = list((tmp_path / "run" / "checkpoints").glob("checkpoint_*/state.pt"))
-    assert len(kept) == 4 + 1
+    iterations = sorted(torch.load(file, weights_only=True)["step"]["iteration"] for file in kept)
+    noticed = [iteration for iteration in iterations if iteration not in (111, 222, 333, 400)]
+    assert noticed[0] % LOG_EVERY == 0
+    assert len(noticed) >= 3
+    assert all(iteration % NOTICED_EVERY == 0 for iteration in noticed)
 
 
 @pytest.fixture

@@ -24,6 +24,13 @@ import pickle, sys
 from pipeline.training import train
 train(pickle.load(open(sys.argv[1], "rb")))
 """
+# As a workflow does it: with one line for whatever goes wrong, and an exit code.
+GUARDED_SCRIPT = """
+import pickle, sys
+from pipeline.command_line import guarded
+from pipeline.training import train
+raise SystemExit(guarded(lambda: train(pickle.load(open(sys.argv[1], "rb")))))
+"""
 
 
 def write_scenes(folder: Path) -> str:
