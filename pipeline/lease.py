@@ -2,7 +2,8 @@
 
 It is a small document beside the output, changed by compare-and-swap. A run that finds it held watches it instead of
 trusting clocks: if it changes, its holder is alive; if it stays the same for as long as a lease lasts, its holder is
-gone, and the watcher takes it. A lease alone cannot stop a run that was asleep when it lost it: what is written under
+gone, and the watcher takes it. A holder that was a process of the same machine, and is no more, is known to be gone at
+once. A lease alone cannot stop a run that was asleep when it lost it: what is written under
 it must be fenced too, see `pipeline.mask_store`.
 """
 
@@ -16,6 +17,7 @@ import time
 import uuid
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import TracebackType
 
 from pipeline import documents, storage
@@ -49,6 +51,7 @@ class _State:
     Args:
         holder: id of a run, or empty where it was given back.
         place: host and process of the holder, for people.
+        process: of the holder, for those on the same machine; empty where processes cannot be told apart.
         since: when it was taken.
         renewed: when it was written.
         nonce: makes each state unlike all others.
@@ -56,6 +59,7 @@ class _State:
 
     holder: str
     place: str
+    process: str
     since: str
     renewed: str
     nonce: str
@@ -66,14 +70,14 @@ class _State:
         try:
             return cls(**json.loads(document.data))
         except (ValueError, TypeError):
-            return cls("", "", "", "", "")
+            return cls("", "", "", "", "", "")
 
     def encoded(self) -> bytes:
         return (json.dumps(asdict(self), indent=2) + "\n").encode()
 
     def is_held(self) -> bool:
-        """Whether somebody has it, who was alive not long ago by any clock."""
-        if not self.holder:
+        """Whether somebody has it, who may be alive: was so not long ago by any clock, and is no process that ended."""
+        if not self.holder or _has_ended(self.process):
             return False
         try:
             renewed = datetime.datetime.fromisoformat(self.renewed)
@@ -166,7 +170,7 @@ class Lease(AbstractContextManager["Lease"]):
     def _write(self, holder: str, expected: Document | None) -> None:
         begun = time.monotonic()
         place = f"process {os.getpid()} on {socket.gethostname()}"
-        state = _State(holder, place, self._since, _now(), uuid.uuid4().hex)
+        state = _State(holder, place, _process(os.getpid()), self._since, _now(), uuid.uuid4().hex)
         self._document = documents.compare_and_swap(self.url, state.encoded(), expected)
         self._renewed_at = begun
 
@@ -182,6 +186,24 @@ class Lease(AbstractContextManager["Lease"]):
                 self._document = found  # a renewal has had no answer, but effect
             except StorageError as error:  # tried again; `require` counts how long ago the last one was
                 _log.warning("the lease could not be renewed: %s", error)
+
+
+def _process(number: int) -> str:
+    """What tells a running process from all others of all machines, on Linux; empty elsewhere, or if there is none."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = Path("/proc/self/ns/pid").stat().st_ino  # of containers, each has processes of its own
+        started = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+    return f"{boot} {namespace} {number} {started}"
+
+
+def _has_ended(process: str) -> bool:
+    """Whether a process of this very machine and container is no more."""
+    here = _process(os.getpid()).split()
+    there = process.split()
+    return len(there) == len(here) == 4 and there[:2] == here[:2] and _process(int(there[2])) != process
 
 
 def _held(url: str, found: Document | None) -> Held:

@@ -1,6 +1,7 @@
 """Training on Ray Train: from a canonical dataset to a model, resumable from the run's own checkpoints."""
 
 import dataclasses
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +18,7 @@ from pipeline.cluster import connected, interruptible, require_capacity
 from pipeline.dataset import SegmentationDataset
 from pipeline.errors import PipelineError, mendable_cause
 from pipeline.evaluation import scores_text
+from pipeline.lease import Lease
 from pipeline.parallel_model import Parallelism
 from pipeline.prediction import InferenceConfig, predictor_of
 from pipeline.progress import Progress, Reporter, announce
@@ -154,6 +156,7 @@ def train(config: TrainConfig) -> RunRecord:
     """Train, validate, and leave the model at `<run>/model`.
 
     Raises:
+        Held: if another process is training this run.
         PipelineError: if the configuration, the dataset or the run's place cannot serve, or the training fails.
     """
     config = dataclasses.replace(config, dataset=storage.absolute(config.dataset), run=storage.absolute(config.run))
@@ -168,7 +171,7 @@ def train(config: TrainConfig) -> RunRecord:
         refuse_other_work(config.run, "train", config, inputs, resumes=True)
     outputs = [CHECKPOINTS_FOLDER, MODEL_FOLDER, HISTORY_FILE, TENSORBOARD_FOLDER, PICTURES_FOLDER]
     outputs += [BEST_FOLDER] if config.keep_best else []
-    with connected():
+    with Lease(config.run, f"train {uuid.uuid4().hex}"), connected():
         require_resources(config.resources)
         with record_run(config.run, "train", config, inputs, outputs, keep=not config.new) as record:
             with Progress("train", total=config.iterations, unit="iterations") as progress:

@@ -91,7 +91,7 @@ def test_reading_all_chunks_fetches_each_byte_once(bucket: str, monkeypatch: pyt
     split = SplitInfo(total, total, [6 * total, 0], files)
     info = dataclasses.replace(write_dataset(bucket), splits={"train": split})
     dataset.write_info(bucket, info)
-    place = bucket.removeprefix("s3://")
+    place, chunks = bucket.removeprefix("s3://"), list[dataset.Chunk]()
     with faulty_s3(os.environ["AWS_ENDPOINT_URL"], {}) as store, monkeypatch.context() as patched:
         patched.setenv("AWS_ENDPOINT_URL", store.endpoint)
         data = dataset.open(bucket)

@@ -1,6 +1,7 @@
 """Of several runs that want a place one has it at a time, whatever is killed; and documents that many change."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -136,7 +137,8 @@ with Lease(sys.argv[1], "killed", seconds=2):
 """
 
 
-def test_the_lease_of_a_killed_run_is_taken_when_it_has_been_silent_for_long_enough(place):
+def _killed_holder(place: str) -> None:
+    """Let a process take the lease, and kill it."""
     holder = subprocess.Popen([sys.executable, "-c", _HOLDER, place], cwd=REPOSITORY, stdout=subprocess.PIPE)
     try:
         assert holder.stdout is not None
@@ -144,9 +146,26 @@ def test_the_lease_of_a_killed_run_is_taken_when_it_has_been_silent_for_long_eno
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.communicate()
+
+
+def test_the_lease_of_a_killed_run_is_taken_when_it_has_been_silent_for_long_enough(place):
+    _killed_holder(place)
+    url = storage.join(place, FILE_NAME)
+    found = documents.read_document(url)
+    assert found is not None
+    state = json.loads(found.data)
+    elsewhere = {**state, "process": state["process"].replace(state["process"].split()[0], "another-machine")}
+    documents.compare_and_swap(url, json.dumps(elsewhere).encode(), found)
     begun = time.monotonic()
     with Lease(place, "next", seconds=2):
         assert 1.5 < time.monotonic() - begun < 10
+
+
+def test_a_run_that_was_killed_on_this_machine_is_known_to_be_gone(place):
+    _killed_holder(place)
+    begun = time.monotonic()
+    with Lease(place, "next", seconds=60):
+        assert time.monotonic() - begun < 10
 
 
 def test_a_run_that_has_lost_its_lease_is_told(place):
@@ -176,8 +195,8 @@ def test_a_store_that_is_away_for_too_long_loses_the_lease(tmp_path, monkeypatch
 
 
 def test_a_lease_that_was_left_long_ago_is_not_watched(tmp_path):
-    left = '{"holder": "a", "place": "b", "since": "c", "renewed": "2020-01-01T00:00:00+00:00", "nonce": ""}'
-    (tmp_path / FILE_NAME).write_text(left)
+    left = {"holder": "a", "place": "b", "process": "", "since": "c", "renewed": "2020-01-01T00:00:00+00:00"}
+    (tmp_path / FILE_NAME).write_text(json.dumps({**left, "nonce": ""}))
     begun = time.monotonic()
     with Lease(str(tmp_path), "this", seconds=30):
         assert time.monotonic() - begun < 5

@@ -21,6 +21,7 @@ from timm.utils.model_ema import ModelEmaV3
 
 from pipeline import storage
 from pipeline.errors import PipelineError
+from pipeline.lease import Held, Lease
 from pipeline.parallel_model import Parallelism, shard, whole_model
 from pipeline.run_record import read_record
 from pipeline.storage_errors import StorageOutage
@@ -150,6 +151,12 @@ def test_a_training_whose_gradients_are_not_finite_ends_at_once_and_says_with_wh
     assert all(len(worker["images"]) == 2 for step in skipped for worker in step["workers"])
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1, "the workers were started again"
     assert not (tmp_path / "model").exists()
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(scenes: str, tmp_path: Path) -> None:
+    with Lease(str(tmp_path), "another", seconds=2), pytest.raises(Held, match="is held by run another"):
+        train(config_of(scenes, tmp_path))
+    assert read_record(str(tmp_path)) is None
 
 
 def test_only_what_would_come_again_ends_a_training_at_once() -> None:
