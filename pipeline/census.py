@@ -1,4 +1,4 @@
-"""The images of a source beside the rows of an output: which are to be segmented, and which rows have had their time.
+"""The images of a source beside the rows of an output: which are to be segmented, and which rows are out of date.
 
 Both are listed by tasks on the cluster, divided by a hash of the image's URI, and compared partition by partition. The
 driver holds references, counts, and the names of files, whatever the number of images; a partition is what a task holds
@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as pads
 import ray
 from pandas.util import hash_array
 from ray import ObjectRef
@@ -23,7 +22,7 @@ from pipeline import image_sources, mask_store, storage
 from pipeline.cluster import io_task
 from pipeline.image_sources import LISTED, ImageSource, Part
 from pipeline.masks import OK, PREDICTION_SCHEMA
-from pipeline.parquet_sink import write_table
+from pipeline.parquet_sink import read_table, write_table
 from pipeline.prediction_rows import TRIED_AGAIN
 
 PARTITION_ROWS = 250_000  # images or rows, about 40 MB
@@ -40,10 +39,11 @@ ROW_KEYS = pa.schema(
 
 @dataclass(frozen=True)
 class PendingFile:
-    """Images that are to be segmented, stored as rows of `LISTED`."""
+    """Images that are to be segmented, stored as rows of `LISTED`; with `again`, ones that have rows to be replaced."""
 
     url: str
     rows: int
+    again: bool
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Pending:
         fingerprint: of the images and their versions, in any order.
         files: of the images without a row that stands.
         outdated: rows that a new attempt replaces.
-        masked: rows of this model, of whatever images, that have a mask.
+        masked: rows of this model with a mask, also of images that are not listed any more.
     """
 
     listed: int
@@ -118,16 +118,16 @@ class Census:
 
     Args:
         parts: of the source.
-        url: the output.
+        url: the output; None for one without rows.
         model: id of the model whose rows are looked at; None for all rows.
 
     Raises:
         PipelineError: if the source cannot be listed.
     """
 
-    def __init__(self, parts: Sequence[Part], url: str, model: str | None) -> None:
+    def __init__(self, parts: Sequence[Part], url: str | None, model: str | None) -> None:
         images, self.others = _gathered([_listed.remote(part) for part in parts])
-        rows, _ = _gathered(_row_tasks(url, model))
+        rows, _ = _gathered([] if url is None else _row_tasks(url, model))
         self.partitions = max(1, math.ceil(max(_total(images), _total(rows)) / PARTITION_ROWS))
         self._images = _divided(images, self.partitions)
         self._rows = _divided(rows, self.partitions)
@@ -135,7 +135,8 @@ class Census:
     def pending(self, folder: str) -> Pending:
         """Compare, and store what is to be segmented below the URL `folder`.
 
-        Images are there in the order of their containers, so that what lies together is read together.
+        Images of a partition are in the order of their containers, so that what lies together is read together; the row
+        groups of a dataset of several partitions are read once for each.
         """
         compared = [
             _compared.options(num_returns=3).remote(images, rows, storage.join(folder, f"pending-{number:05}"))
@@ -148,7 +149,7 @@ class Census:
             others=self.others,
             listed_twice=sum(part.listed_twice for part in found),
             fingerprint=f"{sum(part.fingerprint for part in found) % 2**64:016x}",
-            files=[file for part in found for file in part.files],
+            files=sorted((file for part in found for file in part.files), key=lambda file: file.again),
             outdated=Rows.of(zip([table for _, _, table in compared], outdated, strict=True)),
             masked=sum(part.masked for part in found),
         )
@@ -216,15 +217,21 @@ def _together(tables: list[_Table]) -> Iterator[list[_Table]]:
 @io_task
 def _split(partitions: int, *tables: pa.Table) -> list[pa.Table]:
     table = pa.concat_tables(tables)
-    places = _hashes(table["image_uri"]) % np.uint64(partitions)
+    places = _hashes([_object_of(uri) for uri in table["image_uri"].to_pylist()]) % np.uint64(partitions)
     return [table.filter(pa.array(places == number)) for number in range(partitions)]
 
 
-def _hashes(strings: pa.ChunkedArray) -> np.ndarray:
+def _hashes(strings: list[str]) -> np.ndarray:
     """A number from 0 to 2**64 for each string, the same on all machines."""
     hashed: Any = hash_array
-    values = np.asarray(strings.to_pylist(), dtype=object)
+    values = np.asarray(strings, dtype=object)
     return hashed(values, categorize=False) if len(values) else np.empty(0, np.uint64)
+
+
+def _object_of(uri: str) -> str:
+    """The URL of the tar file that an image lies in, else its own: what is said of a tar stands with its images."""
+    place = uri.lower().find(".tar#")
+    return uri if place < 0 else uri[: place + len(".tar")]
 
 
 @io_task
@@ -257,19 +264,18 @@ def _row_tasks(url: str, model: str | None) -> list[Any]:
 
 @io_task
 def _keys(url: str, files: list[str], model: str | None) -> Iterator[Any]:
-    """The keys of the rows in some files, in one table, after the number of them."""
-    with storage.explained(url):
-        filesystem, root = storage.arrow_filesystem(url)
-        dataset = pads.dataset(
-            [storage.split(file)[1] for file in files],
-            schema=PREDICTION_SCHEMA,
-            filesystem=filesystem,
-            format="parquet",
-        )
-        columns = [*ROW_KEYS.names[:-1], "__filename"]
-        found = dataset.to_table(columns=columns, filter=None if model is None else pc.field("model_id") == model)
-    file = pa.array([path[len(root) :].lstrip("/") for path in found["__filename"].to_pylist()], pa.string())
-    yield from _counted([found.set_column(len(ROW_KEYS) - 1, "file", file).cast(ROW_KEYS)], ROW_KEYS)
+    """Tables of the keys of the rows in some files, each after the number of its rows."""
+    waiting: list[pa.Table] = []
+    for file in files:
+        found = read_table(file, ROW_KEYS.names[:-1])
+        if model is not None:
+            found = found.filter(pc.field("model_id") == model)
+        name = pa.repeat(file[len(url) :].lstrip("/"), found.num_rows)
+        waiting.append(found.append_column("file", name).select(ROW_KEYS.names).cast(ROW_KEYS))
+        if sum(table.num_rows for table in waiting) >= PARTITION_ROWS:
+            yield from _counted(waiting, ROW_KEYS)
+            waiting = []
+    yield from _counted(waiting, ROW_KEYS)
 
 
 @io_task
@@ -280,19 +286,32 @@ def _compared(images: list[ObjectRef], rows: list[ObjectRef], place: str) -> tup
     standing = present.filter(~again).select(["image_uri", "version"])
     pending = first.join(standing, ["image_uri", "version"], join_type="left anti")
     pending = pending.sort_by([(name, "ascending") for name in ("container", "offset", "image_uri")])
-    files = []
-    for start in range(0, pending.num_rows, PENDING_ROWS):
-        some = pending.slice(start, PENDING_ROWS)
-        files.append(PendingFile(f"{place}-{start // PENDING_ROWS:05}.parquet", some.num_rows))
-        write_table(files[-1].url, some.select(LISTED.names).cast(LISTED))
-    outdated = present.filter(again).join(first.select(["image_uri"]), "image_uri", join_type="left semi")
-    outdated = outdated.select(ROW_KEYS.names).cast(ROW_KEYS)
+    # What was said of a tar as a whole is out of date when its images are listed.
+    there = {*first["image_uri"].to_pylist(), *first["container"].unique().to_pylist()}
+    outdated = present.filter(again)
+    outdated = outdated.filter(pa.array([uri in there for uri in outdated["image_uri"].to_pylist()], pa.bool_()))
+    replaced = set(outdated["image_uri"].to_pylist())
+    has_row = [uri in replaced for uri in pending["image_uri"].to_pylist()]
+    has_none = [not found for found in has_row]
+    files = [
+        *_stored(pending.filter(pa.array(has_none, pa.bool_())), f"{place}-new", again=False),
+        *_stored(pending.filter(pa.array(has_row, pa.bool_())), f"{place}-again", again=True),
+    ]
     # By addition, so that neither the order nor the number of partitions changes it.
-    both = _hashes(first["image_uri"]) * np.uint64(31) + _hashes(first["version"])
-    fingerprint = int(both.sum(dtype=np.uint64))
+    uris, versions = (_hashes(first[name].to_pylist()) for name in ("image_uri", "version"))
+    fingerprint = int((uris * (np.uint64(2) * versions + np.uint64(1))).sum(dtype=np.uint64))
     masked = present.filter(pc.field("status") == OK).num_rows
     summary = _Compared(first.num_rows, listed.num_rows - first.num_rows, fingerprint, files, masked)
     return summary, _Found.of(outdated), outdated
+
+
+def _stored(pending: pa.Table, place: str, again: bool) -> list[PendingFile]:
+    files = []
+    for start in range(0, pending.num_rows, PENDING_ROWS):
+        some = pending.slice(start, PENDING_ROWS)
+        files.append(PendingFile(f"{place}-{start // PENDING_ROWS:05}.parquet", some.num_rows, again))
+        write_table(files[-1].url, some.select(LISTED.names).cast(LISTED), PENDING_ROWS)
+    return files
 
 
 @io_task

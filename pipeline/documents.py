@@ -2,12 +2,16 @@
 
 import contextlib
 import fcntl
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from pipeline import storage
 from pipeline.storage_errors import StorageError
+
+_LOCK_SECONDS = 30.0  # that another process may take for a look and a write
 
 
 @dataclass(frozen=True)
@@ -80,5 +84,18 @@ def _lock(path: str) -> Iterator[None]:
         place.parent.mkdir(parents=True, exist_ok=True)
         lock = place.with_name(f".{place.name}.lock").open("wb")
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        until = time.monotonic() + _LOCK_SECONDS
+        while not _locked(lock, path):
+            if time.monotonic() > until:
+                raise StorageError(f"{lock.name} is locked by a process that does not go on: end that process.")
+            time.sleep(0.01)
         yield
+
+
+def _locked(lock: IO[bytes], path: str) -> bool:
+    with storage.explained(path):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True

@@ -14,6 +14,10 @@ class PipelineError(Exception):
         super().__init__(message)
 
 
+class Overtaken(PipelineError):
+    """Another run has taken this one's place: what is there, its record too, is the other's."""
+
+
 def _nested(error: BaseException) -> Iterator[BaseException]:
     """What an exception carries: its explicit and implicit causes, and what Ray wraps."""
     for inner in (error.__cause__, error.__context__, getattr(error, "cause", None)):

@@ -22,14 +22,13 @@ from types import TracebackType
 
 from pipeline import documents, storage
 from pipeline.documents import Conflict, Document
-from pipeline.errors import PipelineError
+from pipeline.errors import Overtaken, PipelineError
 from pipeline.progress import announce
 from pipeline.storage_errors import StorageError
 
 FILE_NAME = "lease.json"
 LEASE_SECONDS = 45.0  # without a renewal, after which another run may take it
 RENEWALS = 4  # in that time
-CLOCKS_APART_SECONDS = 3600.0  # a lease that is older than this by any clock is not watched any more
 
 _WATCH_SECONDS = 0.5
 
@@ -40,8 +39,8 @@ class Held(PipelineError):
     """Another run has the lease, and lives."""
 
 
-class LostLease(PipelineError):
-    """This run had the lease, and has it no more."""
+class LostLease(Overtaken):
+    """This run had the lease, and another one has it now."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class _State:
         place: host and process of the holder, for people.
         process: of the holder, for those on the same machine; empty where processes cannot be told apart.
         since: when it was taken.
-        renewed: when it was written.
+        renewed: when it was written, for people.
         nonce: makes each state unlike all others.
     """
 
@@ -76,14 +75,8 @@ class _State:
         return (json.dumps(asdict(self), indent=2) + "\n").encode()
 
     def is_held(self) -> bool:
-        """Whether somebody has it, who may be alive: was so not long ago by any clock, and is no process that ended."""
-        if not self.holder or _has_ended(self.process):
-            return False
-        try:
-            renewed = datetime.datetime.fromisoformat(self.renewed)
-        except ValueError:
-            return True
-        return (datetime.datetime.now(datetime.UTC) - renewed).total_seconds() < CLOCKS_APART_SECONDS
+        """Whether somebody has it who is not known to have ended."""
+        return bool(self.holder) and not _has_ended(self.process)
 
 
 class Lease(AbstractContextManager["Lease"]):
@@ -95,7 +88,8 @@ class Lease(AbstractContextManager["Lease"]):
         seconds: how long it lasts without a renewal.
 
     Raises:
-        Held: on entering, if another run has it and is alive; known after a quarter of `seconds`.
+        Held: on entering, if another run has it and is alive, which shows at its next renewal, after `seconds` / 4 at
+            most; a holder that is gone is waited for as long as `seconds`.
         StorageError: if the store fails.
     """
 
@@ -104,13 +98,12 @@ class Lease(AbstractContextManager["Lease"]):
         self.holder, self.seconds = holder, LEASE_SECONDS if seconds is None else seconds
         self._since = _now()
         self._document: Document | None = None
-        self._renewed_at = 0.0
         self._lost = ""  # why, once it is
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._renew_until_stopped, name="lease", daemon=True)
 
     def __enter__(self) -> "Lease":
-        found = self._free(documents.read_document(self.url))
+        found = self._when_free(documents.read_document(self.url))
         try:
             self._write(self.holder, found)
             if not self._is_exclusive():
@@ -133,20 +126,21 @@ class Lease(AbstractContextManager["Lease"]):
                 self._write("", self._document)
 
     def require(self) -> None:
-        """Raise `LostLease` if the lease is another's by now, or could not be renewed in time."""
-        if not self._lost and time.monotonic() - self._renewed_at > self.seconds:
-            self._lost = f"it could not be renewed for {self.seconds:.0f} seconds"
+        """Raise `LostLease` if another run has the lease by now.
+
+        That it could not be renewed for a while is no loss as long as nobody has taken it.
+        """
         if self._lost:
             raise LostLease(
                 f"This run has lost {self.url} ({self._lost}), so it stops: run the same command again, and it goes on "
                 "with what is missing."
             )
 
-    def _free(self, found: Document | None) -> Document | None:
+    def _when_free(self, found: Document | None) -> Document | None:
         """The document as it is when nobody has the lease; raises `Held` if somebody has it and lives."""
         if found is None or not _State.of(found).is_held():
             return found
-        announce(f"  {_who(found)} has {self.url}: looking for up to {self.seconds:.0f} seconds whether it lives")
+        announce(f"  {_described(found)} has {self.url}: looking for up to {self.seconds:.0f} seconds whether it lives")
         until = time.monotonic() + self.seconds
         while time.monotonic() < until:
             time.sleep(min(_WATCH_SECONDS, self.seconds / 10))
@@ -158,7 +152,9 @@ class Lease(AbstractContextManager["Lease"]):
         return found
 
     def _is_exclusive(self) -> bool:
-        """Whether the store refuses to write over what is there, as it is asked to."""
+        """Whether the store refuses to write over what is there, as it is asked to, in one step."""
+        if storage.split(self.url)[0] == "gs":
+            return False
         written = self._document
         try:
             self._write(self.holder, None)
@@ -168,24 +164,26 @@ class Lease(AbstractContextManager["Lease"]):
         return False
 
     def _write(self, holder: str, expected: Document | None) -> None:
-        begun = time.monotonic()
         place = f"process {os.getpid()} on {socket.gethostname()}"
         state = _State(holder, place, _process(os.getpid()), self._since, _now(), uuid.uuid4().hex)
         self._document = documents.compare_and_swap(self.url, state.encoded(), expected)
-        self._renewed_at = begun
 
     def _renew_until_stopped(self) -> None:
-        while not self._stop.wait(self.seconds / RENEWALS):
+        while not self._stop.wait(self.seconds / RENEWALS) and not self._lost:
             try:
-                self._write(self.holder, self._document)
-            except Conflict:
-                found = documents.read_document(self.url)
-                if found is None or _State.of(found).holder != self.holder:
-                    self._lost = f"{_who(found)} has taken it"
-                    return
-                self._document = found  # a renewal has had no answer, but effect
-            except StorageError as error:  # tried again; `require` counts how long ago the last one was
+                self._renew()
+            except StorageError as error:  # tried again at the next turn
                 _log.warning("the lease could not be renewed: %s", error)
+
+    def _renew(self) -> None:
+        try:
+            self._write(self.holder, self._document)
+        except Conflict:
+            found = documents.read_document(self.url)
+            if found is not None and _State.of(found).holder == self.holder:
+                self._document = found  # a renewal has had no answer, but effect
+            else:
+                self._lost = f"{_described(found)} has taken it"
 
 
 def _process(number: int) -> str:
@@ -207,10 +205,10 @@ def _has_ended(process: str) -> bool:
 
 
 def _held(url: str, found: Document | None) -> Held:
-    return Held(f"{url} is held by {_who(found)}: there is nothing to do here until it ends.")
+    return Held(f"{url} is held by {_described(found)}: there is nothing to do here until it ends.")
 
 
-def _who(found: Document | None) -> str:
+def _described(found: Document | None) -> str:
     if found is None or not _State.of(found).holder:
         return "another run"
     state = _State.of(found)

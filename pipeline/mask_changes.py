@@ -4,7 +4,8 @@ A file is never changed: what is kept of it is staged anew, and takes its place 
 """
 
 import datetime
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -20,6 +21,7 @@ from pipeline.mask_store import MaskStore, Move
 from pipeline.parquet_sink import read_table, write_table
 
 MERGED_BYTES = 256 * 2**20  # of a file that compaction makes
+MERGED_ROW_GROUP_ROWS = 2048  # of such a file: to read a few columns of it is to take few requests
 PRUNED_FOLDER = "pruned"
 PRUNED_SCHEMA = pa.schema(
     [
@@ -28,33 +30,36 @@ PRUNED_SCHEMA = pa.schema(
         ("pruned", pa.timestamp("s", "UTC")),
     ]
 )
-_FILES_TOGETHER = 16  # that a task rewrites
+_FILES_TOGETHER, _MOST_TASKS = 16, 64  # that a task rewrites, if that makes no more tasks
 _FOOTERS_TOGETHER = 256  # that a task reads
 
 
-def take_away(store: MaskStore, *taken: Rows, record: Rows | None = None) -> None:
+def remove_rows(store: MaskStore, *removed: Rows, record: Rows | None = None, add: Sequence[Move] = ()) -> None:
     """Take rows away, all at one moment.
 
     Args:
         store: of the output that the rows are of.
-        taken: rows to be taken away; some may be among several of these.
+        removed: the rows; the same one may occur in several of these.
         record: more of them, which are also written down in `pruned/*.parquet`.
+        add: staged files that come at the same moment.
     """
     recorded = [] if record is None else record.tables
-    tables = [*(table for rows in taken for table in rows.tables), *recorded]
-    files = sorted({file for rows in (*taken, record) if rows is not None for file in rows.files})
-    groups = [files[start : start + _FILES_TOGETHER] for start in range(0, len(files), _FILES_TOGETHER)]
+    tables = [*(table for rows in removed for table in rows.tables), *recorded]
+    files = sorted({file for rows in (*removed, record) if rows is not None for file in rows.files})
+    together = max(_FILES_TOGETHER, math.ceil(len(files) / _MOST_TASKS))
+    groups = [files[start : start + together] for start in range(0, len(files), together)]
     kept: list[list[Move]] = ray.get([_kept.remote(store.url, store.run_id, group, tables) for group in groups])
     noted: list[Move] = ray.get([_recorded.remote(store.url, store.run_id, table) for table in recorded])
-    store.commit(add=[*(move for moves in kept for move in moves), *noted], remove=files)
+    store.commit(add=[*(move for moves in kept for move in moves), *noted, *add], remove=files)
 
 
 @io_task
-def _kept(url: str, run_id: str, files: list[str], taken: list[ObjectRef]) -> list[Move]:
+def _kept(url: str, run_id: str, files: list[str], removed: list[ObjectRef]) -> list[Move]:
     """Stage what stays of some files, each as a file of its own."""
     keys = [*masks.KEY, "file"]
     of_files = pc.field("file").isin(files)
-    drop = pa.concat_tables([ROW_KEYS.empty_table(), *(table.filter(of_files) for table in ray.get(taken))])
+    # One table after the other: together they may be more than this task's memory.
+    drop = pa.concat_tables([ROW_KEYS.empty_table(), *(ray.get(table).filter(of_files) for table in removed)])
     moves = []
     for file in files:
         rows = read_table(storage.join(url, file))
@@ -63,7 +68,7 @@ def _kept(url: str, run_id: str, files: list[str], taken: list[ObjectRef]) -> li
         kept = numbered.join(drop.select(keys), keys, join_type="left anti")["number"]
         if len(kept):
             moves.append(mask_store.staged(run_id, file.rpartition("/")[2].partition("-")[0]))
-            write_table(storage.join(url, moves[-1].staged), rows.take(kept.sort()))
+            write_table(storage.join(url, moves[-1].staged), rows.take(kept.sort()), MERGED_ROW_GROUP_ROWS)
     return moves
 
 
@@ -81,7 +86,7 @@ def _recorded(url: str, run_id: str, taken: pa.Table) -> Move:
 
 @dataclass(frozen=True)
 class _File:
-    """A file of rows, its size in bytes, and the model whose rows it holds, if it is one."""
+    """A file of rows, its size in bytes, and the id of the model that made them; None if the file mixes several."""
 
     name: str
     size: int
@@ -89,7 +94,7 @@ class _File:
 
 
 def compact(store: MaskStore) -> tuple[int, int]:
-    """Merge small files of rows into ones of about `MERGED_BYTES`, of one model each, in the order of their images.
+    """Merge small files of rows into ones of about `MERGED_BYTES`, each of one model and sorted by `image_uri`.
 
     One transaction for each new file: readers with `pipeline.masks` see the rows once all the time, others of the
     folder miss some for the moment of the change. Rows that the next run tries again stay where they are.
@@ -131,14 +136,16 @@ def _looked_into(url: str, files: list[tuple[str, int]]) -> list[_File]:
 def _merge_groups(files: list[_File]) -> Iterator[list[str]]:
     """Names of at least two files of one model that come to about `MERGED_BYTES` together."""
     for model in sorted({file.model for file in files if file.model is not None}):
-        group: list[_File] = []
+        group: list[str] = []
+        size = 0
         for file in sorted((file for file in files if file.model == model), key=lambda file: file.name):
-            if group and sum(other.size for other in group) + file.size > MERGED_BYTES:
-                yield [other.name for other in group]
-                group = []
-            group.append(file)
+            if group and size + file.size > MERGED_BYTES:
+                yield group
+                group, size = [], 0
+            group.append(file.name)
+            size += file.size
         if len(group) > 1:
-            yield [other.name for other in group]
+            yield group
 
 
 def _merged(url: str, run_id: str, files: list[str]) -> Move:
@@ -152,5 +159,5 @@ def _merged(url: str, run_id: str, files: list[str]) -> Move:
             "something else has written there; segment into a new place."
         )
     move = mask_store.staged(run_id, mask_store.STANDING)
-    write_table(storage.join(url, move.staged), table)
+    write_table(storage.join(url, move.staged), table, MERGED_ROW_GROUP_ROWS)
     return move

@@ -9,7 +9,7 @@ import io
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -49,6 +49,11 @@ class ProductsConfig:
     confidence_map: bool = False
     top_k: int = 0
     overlays: str | None = field(default=None, metadata={"identity": False})
+
+    def normalized(self) -> "ProductsConfig":
+        """The same with one way to say what makes the same rows."""
+        classes = None if self.classes is None else tuple(sorted(set(self.classes)))
+        return replace(self, classes=classes, min_region=self.min_region if self.min_region > 1 else 0)
 
     def require(self, names: Sequence[str]) -> None:
         """Refuse what cannot be made of masks of a model whose classes have these names.

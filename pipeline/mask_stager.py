@@ -6,7 +6,7 @@ number, and the ledger commits the first row of each number that it hears of. No
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import mask_store, storage
+from pipeline.census import PendingFile
 from pipeline.mask_store import MaskStore, Move
 from pipeline.parquet_sink import read_table, write_table
 from pipeline.prediction_rows import NUMBER, TRIED_AGAIN, Summary
@@ -100,6 +101,11 @@ class Ledger:
             self.summary = Summary.total([self.summary, Summary.counted(statuses, failures)])
         return int(fresh.sum())
 
+    @property
+    def staged(self) -> list[Move]:
+        """What is staged but not committed."""
+        return list(self._staged)
+
     def commit_if_due(self) -> None:
         """Commit when it was long ago, or much is waiting."""
         if time.monotonic() - self._committed_at > COMMIT_SECONDS or len(self._staged) >= COMMIT_FILES:
@@ -118,13 +124,15 @@ class Ledger:
         return move, Summary.of(rows).failures
 
 
-def in_rounds(sizes: Sequence[int], most: int) -> Iterable[range]:
-    """Consecutive indices of `sizes`, as many at a time as have a sum of at most `most`; at least one."""
-    start = total = 0
-    for index, size in enumerate(sizes):
-        if index > start and total + size > most:
-            yield range(start, index)
-            start, total = index, 0
-        total += size
-    if start < len(sizes):
-        yield range(start, len(sizes))
+def in_rounds(files: Sequence[tuple[int, PendingFile]], most: int) -> Iterator[list[tuple[int, PendingFile]]]:
+    """Consecutive files of pending images, as many at a time as have at most `most`; at least one."""
+    together: list[tuple[int, PendingFile]] = []
+    images = 0
+    for number, file in files:
+        if together and images + file.rows > most:
+            yield together
+            together, images = [], 0
+        together.append((number, file))
+        images += file.rows
+    if together:
+        yield together

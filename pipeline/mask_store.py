@@ -7,14 +7,15 @@ the folder alone, as DuckDB or Spark do, may for that short time miss rows, but 
 killed in between leaves a transaction that the next one carries out before it does anything else.
 
 A run that has lost its lease without noticing cannot write another transaction, for the next run has changed the
-document. One that was asleep while it carried out its own finds nothing left to move, and deletes names that are never
-used again. The gap that remains: a copy that a store was asked for, and makes only after another run has carried out
-the same transaction and has taken the file away again.
+document. One that was asleep while it carried out its own finds nothing left to move, and the names that it deletes are
+never used again. The gap that remains: a copy that a store was asked for, and makes only after another run has carried
+out the same transaction and has taken the file away again.
 
 Knows no Ray and no model.
 """
 
 import json
+import time
 import uuid
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from types import TracebackType
 
 from pipeline import documents, storage
 from pipeline.documents import Conflict, Document
-from pipeline.errors import PipelineError
+from pipeline.errors import Overtaken
 from pipeline.storage_errors import StorageError, patiently
 
 FOLDER = "masks"
@@ -32,11 +33,8 @@ WORK_FOLDER = "_work"  # what runs stage; nothing of a run that has ended
 TRANSACTION_FILE = "transaction.json"
 STANDING, TRIED_AGAIN = "part", "again"  # names of files: of rows that stand, and of those that a run replaces
 SNAPSHOT_ATTEMPTS = 20
+_LONGEST_PAUSE = 5.0  # seconds between two of them
 _TOGETHER = 16  # files that are moved or deleted at a time
-
-
-class Overtaken(PipelineError):
-    """Another run has changed the output in the meantime."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,7 @@ class Transaction:
         remove: files that go, by their names below the output.
         add: files that come.
         number: of changes so far.
+        removals: of changes so far that took files away; between two of them a listing only misses what is new.
         nonce: makes each state of the document unlike all others.
         is_done: whether it has been carried out.
     """
@@ -62,6 +61,7 @@ class Transaction:
     remove: list[str] = field(default_factory=list)
     add: list[Move] = field(default_factory=list)
     number: int = 0
+    removals: int = 0
     nonce: str = ""
     is_done: bool = True
 
@@ -104,12 +104,18 @@ def files(url: str) -> list[str]:
         StorageError: if the store fails, or transactions follow each other faster than the output can be listed.
     """
     url = storage.absolute(url)
-    for _ in range(SNAPSHOT_ATTEMPTS):
-        before = documents.read_document(_place(url))
+    for attempt in range(SNAPSHOT_ATTEMPTS):
+        time.sleep(min(attempt, _LONGEST_PAUSE))
+        before = Transaction.of(url, documents.read_document(_place(url)))
         names = [item.url for item in storage.list_objects(storage.join(url, FOLDER)) if item.url.endswith(".parquet")]
-        if documents.read_document(_place(url)) == before:
-            return _with_change(url, names, Transaction.of(url, before))
-    raise StorageError(f"{url} changes faster than it can be listed: read it again when the run there has ended.")
+        after = Transaction.of(url, documents.read_document(_place(url)))
+        only_additions = before.removals == after.removals and (before.is_done or not before.remove)
+        if after == before or (only_additions and not after.remove):
+            return _with_change(url, names, after)
+    raise StorageError(
+        f"{url} changes faster than it can be listed: read it again when the run there has ended, and let segment "
+        "--compact true make fewer files."
+    )
 
 
 def _with_change(url: str, names: list[str], change: Transaction) -> list[str]:
@@ -142,7 +148,7 @@ class MaskStore(AbstractContextManager["MaskStore"]):
         self._document = documents.read_document(_place(self.url))
         last = Transaction.of(self.url, self._document)
         if last.is_done:
-            self._write(Transaction(number=last.number, nonce=uuid.uuid4().hex))
+            self._write(_done(last))
         else:
             self._carry_out(last)
         with suppress(StorageError):  # tasks of a killed run may still be writing there: the next run deletes that
@@ -152,8 +158,10 @@ class MaskStore(AbstractContextManager["MaskStore"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        with suppress(StorageError):  # what stays is deleted by the next run
-            storage.delete(self.work)
+        # After an error a decided transaction may still need it; and whatever stays is deleted by the next run.
+        if error is None:
+            with suppress(StorageError):
+                storage.delete(self.work)
 
     def commit(self, add: Iterable[Move] = (), remove: Sequence[str] = ()) -> None:
         """Change the output.
@@ -166,7 +174,8 @@ class MaskStore(AbstractContextManager["MaskStore"]):
             Overtaken: if another run has changed it since; then nothing has happened.
         """
         last = Transaction.of(self.url, self._document)
-        change = Transaction(list(remove), list(add), last.number + 1, uuid.uuid4().hex, is_done=False)
+        removals = last.removals + bool(remove)
+        change = Transaction(list(remove), list(add), last.number + 1, removals, uuid.uuid4().hex, is_done=False)
         if change.add or change.remove:
             self._write(change)
             self._carry_out(change)
@@ -176,7 +185,7 @@ class MaskStore(AbstractContextManager["MaskStore"]):
             # First what goes: a reader of the folder alone is to miss a row rather than to see it twice.
             list(pool.map(self._remove, change.remove))
             list(pool.map(self._move, change.add))
-        self._write(Transaction(number=change.number, nonce=uuid.uuid4().hex))
+        self._write(_done(change))
 
     def _remove(self, name: str) -> None:
         patiently(lambda: storage.delete(storage.join(self.url, name)))
@@ -189,7 +198,10 @@ class MaskStore(AbstractContextManager["MaskStore"]):
                 storage.move(staged, target)
             except FileNotFoundError as error:
                 if not storage.exists(target):  # else an attempt before this one has moved it
-                    raise StorageError(f"{staged} is gone before it was moved to {target}: run again.") from error
+                    raise StorageError(
+                        f"{staged} is gone, which was to become {target}: restore it; or delete {_place(self.url)}, "
+                        "and the next run makes the rows anew that are lost."
+                    ) from error
 
         patiently(moved)
 
@@ -207,6 +219,11 @@ class MaskStore(AbstractContextManager["MaskStore"]):
                 ) from error
 
         self._document = patiently(written)
+
+
+def _done(change: Transaction) -> Transaction:
+    """What is written down when a change has been carried out."""
+    return Transaction(number=change.number, removals=change.removals, nonce=uuid.uuid4().hex)
 
 
 def _place(url: str) -> str:

@@ -16,12 +16,14 @@ from matplotlib.figure import Figure
 
 from pipeline import mask_store, masks, storage
 from pipeline.cluster import io_task
+from pipeline.errors import PipelineError
 from pipeline.figure_png import figure_png
 from pipeline.parquet_sink import read_table, write_table
 from rssnet.classes import Classes
 
 FOLDER = "summary"
 TABLE_FILE, PLOT_FILE = f"{FOLDER}/classes.parquet", f"{FOLDER}/classes.png"
+CLASSES_FILE = f"{FOLDER}/classes.json"  # names and colours by the id of the model
 
 SUMMARY_SCHEMA = pa.schema(
     [
@@ -29,11 +31,11 @@ SUMMARY_SCHEMA = pa.schema(
         ("prefix", pa.string()),
         ("day", pa.date32()),  # null where the URI has no date
         ("class_id", pa.int32()),
-        ("class_name", pa.string()),  # null for rows of other models than the one whose classes were given
-        ("images", pa.int64()),  # of this prefix and day, with or without the class
+        ("class_name", pa.string()),  # null where the classes of the model are not known here
+        ("images", pa.int64()),  # masks of this prefix and day, with or without the class; each version counts
         ("images_with_class", pa.int64()),
         ("pixels", pa.int64()),
-        ("share", pa.float64()),  # of the pixels of this prefix and day
+        ("share", pa.float64()),  # of all pixels of this prefix and day, also those of no class that was kept
     ]
 )
 _GROUP = ["model_id", "prefix", "day"]
@@ -42,13 +44,34 @@ _DATE = re.compile(r"(?<!\d)(20\d\d)([-_/]?)(0[1-9]|1[0-2])\2(0[1-9]|[12]\d|3[01
 _SHOWN_CLASSES, _SHOWN_GROUPS = 9, 40  # in the plot; the rest is put together, or left to the table
 
 
-def summarize(url: str, model: str | None = None, classes: Classes | None = None, depth: int = 1) -> pa.Table:
+def keep_classes(url: str, model: str, classes: Classes) -> None:
+    """Keep names and colours of a model's classes beside the summary, for this and later ones."""
+    known = _known_classes(url)
+    if known.get(model) != classes:
+        document = {
+            name: {"names": kept.names, "palette": kept.palette} for name, kept in (known | {model: classes}).items()
+        }
+        storage.write_json(storage.join(url, CLASSES_FILE), document)
+
+
+def _known_classes(url: str) -> dict[str, Classes]:
+    try:
+        document = storage.read_json(storage.join(url, CLASSES_FILE))
+        return {model: Classes(kept["names"], kept["palette"]) for model, kept in document.items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise PipelineError(f"{storage.join(url, CLASSES_FILE)} cannot be understood ({error}): delete it.") from error
+
+
+def summarize(url: str, model: str | None = None, depth: int = 1) -> pa.Table:
     """The table of an output, made on the cluster and written with its plot below the output's `summary/`.
+
+    Classes have the names that `keep_classes` has kept; those of other models are called by their ids.
 
     Args:
         url: the output.
-        model: id of the model whose classes are given.
-        classes: names and colours; without them, classes are called by their ids.
+        model: id of the model that is plotted; the one with the most masks if None.
         depth: folders of a prefix.
 
     Returns:
@@ -59,9 +82,10 @@ def summarize(url: str, model: str | None = None, classes: Classes | None = None
     groups = [files[start : start + _FILES_TOGETHER] for start in range(0, len(files), _FILES_TOGETHER)]
     common = _common_folder([uri for uris in ray.get([_ends.remote(group) for group in groups]) for uri in uris])
     counted = ray.get([_counted.remote(group, len(common), depth) for group in groups])
-    table = _table([images for images, _ in counted], [pixels for _, pixels in counted], model, classes)
+    known = _known_classes(url)
+    table = _table([images for images, _ in counted], [pixels for _, pixels in counted], known)
     write_table(storage.join(url, TABLE_FILE), table)
-    storage.write_bytes(storage.join(url, PLOT_FILE), figure_png(_figure(table, model, classes)))
+    storage.write_bytes(storage.join(url, PLOT_FILE), figure_png(_figure(table, model or _most_masks(table), known)))
     return table
 
 
@@ -100,7 +124,7 @@ def _ends(files: list[str]) -> list[str]:
 @io_task
 def _counted(files: list[str], common: int, depth: int) -> tuple[pa.Table, pa.Table]:
     """Of some files: images by group, and pixels and images by group and class."""
-    columns = ["model_id", "image_uri", "status", "class_ids", "class_pixels"]
+    columns = ["model_id", "image_uri", "status", "height", "width", "class_ids", "class_pixels"]
     rows = pa.concat_tables([read_table(file, columns) for file in files]).filter(pc.field("status") == masks.OK)
     rows = rows.combine_chunks()
     uris = rows["image_uri"].to_pylist()
@@ -111,11 +135,15 @@ def _counted(files: list[str], common: int, depth: int) -> tuple[pa.Table, pa.Ta
             "day": pa.array([day_of(uri) for uri in uris], pa.date32()),
         }
     )
+    sizes = [
+        height * width for height, width in zip(*(rows[name].to_pylist() for name in ("height", "width")), strict=True)
+    ]
     class_ids, class_pixels = (_lists(rows[name]) for name in ("class_ids", "class_pixels"))
     of_class = groups.take(class_ids.value_parent_indices())
     of_class = of_class.append_column("class_id", class_ids.flatten())
     of_class = of_class.append_column("pixels", class_pixels.flatten())
-    images = groups.group_by(_GROUP).aggregate([([], "count_all")])
+    whole = groups.append_column("pixels", pa.array(sizes, pa.int64()))
+    images = whole.group_by(_GROUP).aggregate([([], "count_all"), ("pixels", "sum")])
     pixels = of_class.group_by([*_GROUP, "class_id"]).aggregate([([], "count_all"), ("pixels", "sum")])
     return images, pixels
 
@@ -125,28 +153,24 @@ def _lists(column: pa.ChunkedArray) -> Any:
     return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
 
 
-def _table(images: list[pa.Table], pixels: list[pa.Table], model: str | None, classes: Classes | None) -> pa.Table:
+def _table(images: list[pa.Table], pixels: list[pa.Table], known: dict[str, Classes]) -> pa.Table:
     if not images:
         return SUMMARY_SCHEMA.empty_table()
-    by_group = pa.concat_tables(images).group_by(_GROUP).aggregate([("count_all", "sum")])
-    by_class = pa.concat_tables(pixels).group_by([*_GROUP, "class_id"])
-    by_class = by_class.aggregate([("count_all", "sum"), ("pixels_sum", "sum")])
-    totals = {tuple(row[name] for name in _GROUP): [row["count_all_sum"], 0] for row in by_group.to_pylist()}
-    rows = by_class.to_pylist()
-    for row in rows:
-        totals[tuple(row[name] for name in _GROUP)][1] += row["pixels_sum_sum"]
+    sums = [("count_all", "sum"), ("pixels_sum", "sum")]
+    by_group = pa.concat_tables(images).group_by(_GROUP).aggregate(sums).to_pylist()
+    totals = {tuple(row[name] for name in _GROUP): (row["count_all_sum"], row["pixels_sum_sum"]) for row in by_group}
     found = []
-    for row in rows:
-        group = tuple(row[name] for name in _GROUP)
-        named = classes is not None and row["model_id"] == model
+    for row in pa.concat_tables(pixels).group_by([*_GROUP, "class_id"]).aggregate(sums).to_pylist():
+        of_group, of_all = totals[tuple(row[name] for name in _GROUP)]
+        classes = known.get(row["model_id"])
         found.append(
             {
                 **{name: row[name] for name in (*_GROUP, "class_id")},
-                "class_name": classes.names[row["class_id"]] if classes is not None and named else None,
-                "images": totals[group][0],
+                "class_name": None if classes is None else classes.names[row["class_id"]],
+                "images": of_group,
                 "images_with_class": row["count_all_sum"],
                 "pixels": row["pixels_sum_sum"],
-                "share": row["pixels_sum_sum"] / totals[group][1],
+                "share": row["pixels_sum_sum"] / of_all,
             }
         )
     no_day = datetime.date.min
@@ -154,16 +178,20 @@ def _table(images: list[pa.Table], pixels: list[pa.Table], model: str | None, cl
     return pa.Table.from_pylist(found, SUMMARY_SCHEMA)
 
 
-def _figure(table: pa.Table, model: str | None, classes: Classes | None) -> Figure:
-    """A bar of class shares for each prefix and day of one model, the one with the most images if none is named."""
+def _most_masks(table: pa.Table) -> str:
+    """The model that has made the most masks."""
     rows = table.to_pylist()
-    if model is None and rows:
-        images = {(row["model_id"], row["prefix"], row["day"]): row["images"] for row in rows}
-        of_model: dict[str, int] = {}
-        for (name, _, _), count in images.items():
-            of_model[name] = of_model.get(name, 0) + count
-        model = max(of_model, key=lambda name: of_model[name])
-    rows = [row for row in rows if row["model_id"] == model]
+    masks_of = {(row["model_id"], row["prefix"], row["day"]): row["images"] for row in rows}
+    total: dict[str, int] = {}
+    for (model, _, _), count in masks_of.items():
+        total[model] = total.get(model, 0) + count
+    return max(total, key=lambda model: total[model], default="")
+
+
+def _figure(table: pa.Table, model: str, known: dict[str, Classes]) -> Figure:
+    """A bar of class shares for each prefix and day of a model."""
+    classes = known.get(model)
+    rows = [row for row in table.to_pylist() if row["model_id"] == model]
     groups = list(dict.fromkeys((row["prefix"], row["day"]) for row in rows))
     shown = groups[-_SHOWN_GROUPS:]
     total: dict[int, int] = {}

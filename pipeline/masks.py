@@ -163,7 +163,8 @@ def read_masks(url: str, filter: pc.Expression | None = None, columns: Sequence[
     """
     for _ in range(mask_store.SNAPSHOT_ATTEMPTS):
         try:
-            return open_masks(url).to_table(filter=filter, columns=list(columns) if columns else None)
+            with storage.explained(url, absence=False):
+                return open_masks(url).to_table(filter=filter, columns=list(columns) if columns else None)
         except FileNotFoundError:  # a file has been replaced since it was listed
             continue
     raise StorageError(f"{url} changes faster than it can be read: read it again when the run there has ended.")

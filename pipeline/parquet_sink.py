@@ -98,10 +98,10 @@ def file_name(table: pa.Table, key: Sequence[str]) -> str:
     return f"part-{hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:20]}.parquet"
 
 
-def write_table(url: str, table: pa.Table) -> None:
+def write_table(url: str, table: pa.Table, row_group_rows: int = ROW_GROUP_ROWS) -> None:
     """Store a table as one Parquet file, atomically. Encoded images inside are not compressed twice."""
     file = BufferedParquet(table.schema)
-    file.write(table)
+    file.write(table, row_group_rows)
     file.store(url)
 
 
@@ -113,7 +113,7 @@ def read_table(url: str, columns: Sequence[str] | None = None) -> pa.Table:
     """
     with storage.explained(url):
         filesystem, path = storage.arrow_filesystem(url)
-        with pq.ParquetFile(path, filesystem=filesystem) as file:
+        with pq.ParquetFile(path, filesystem=filesystem, pre_buffer=True) as file:
             return file.read(None if columns is None else list(columns))
 
 
@@ -131,10 +131,10 @@ class BufferedParquet:
         self._buffer = pa.BufferOutputStream()
         self._writer = pq.ParquetWriter(self._buffer, schema, write_page_index=True, **options)
 
-    def write(self, table: pa.Table) -> None:
-        """Add rows, in row groups of `ROW_GROUP_ROWS`."""
+    def write(self, table: pa.Table, row_group_rows: int = ROW_GROUP_ROWS) -> None:
+        """Add rows, in row groups of so many."""
         self.rows += table.num_rows
-        self._writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
+        self._writer.write_table(table, row_group_size=row_group_rows)
 
     def store(self, url: str) -> None:
         """Finish the file and store it."""

@@ -85,7 +85,7 @@ def inference_of(model_url: str, inference: InferenceConfig) -> InferenceConfig:
 def model_id(model_url: str, inference: InferenceConfig, products: ProductsConfig | None = None) -> str:
     """Short digest of what the rows depend on: weights, model configuration, classes, inference settings and products.
 
-    The same model copied to another place keeps its id. So does one without products, whether or not it is said.
+    The same model copied to another place keeps its id. Saying what would hold unsaid changes nothing either.
 
     Raises:
         PipelineError: if there is no model at `model_url`.
@@ -93,9 +93,9 @@ def model_id(model_url: str, inference: InferenceConfig, products: ProductsConfi
     digest = hashlib.sha256()
     for name in (CONFIG, CLASSES, WEIGHTS):
         digest.update(hashlib.sha256(_model_file(model_url, name)).digest())
-    settings = _with_defaults(inference_of(model_url, inference))
+    settings = _without_usual_windows(model_url, _with_defaults(inference_of(model_url, inference)))
     digest.update(json.dumps(identity(settings), sort_keys=True).encode())
-    made = identity(products or ProductsConfig())
+    made = identity((products or ProductsConfig()).normalized())
     if made != identity(ProductsConfig()):
         digest.update(json.dumps(made, sort_keys=True).encode())
     return digest.hexdigest()[:16]
@@ -109,6 +109,15 @@ def _with_defaults(inference: InferenceConfig) -> InferenceConfig:
         flip=bool(inference.flip),
         precision=inference.precision or "fp32",
     )
+
+
+def _without_usual_windows(model_url: str, inference: InferenceConfig) -> InferenceConfig:
+    """The settings without a crop or stride that the model would have anyway."""
+    size = json.loads(_model_file(model_url, CONFIG)).get("image_size")
+    usual = (size, size) if isinstance(size, int) else tuple(size or ())
+    crop = inference.crop_size or usual
+    stride = None if inference.stride == tuple(max(1, side * 2 // 3) for side in crop) else inference.stride
+    return replace(inference, crop_size=None if inference.crop_size == usual else inference.crop_size, stride=stride)
 
 
 def model_classes(model_url: str) -> Classes:

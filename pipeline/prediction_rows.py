@@ -156,8 +156,10 @@ class MaskEncoder:
             row["polygons"] = polygons_json(class_map, self.names)
         if self.products.overlays is not None:
             image = np.frombuffer(given["pixels"], np.uint8).reshape(*size, 3)
-            row["overlay_uri"] = overlay_url(self.products.overlays, given["image_uri"])
-            storage.write_bytes(row["overlay_uri"], overlay_jpeg(image, class_map, self.palette))
+            place = overlay_url(self.products.overlays, given["image_uri"])
+            jpeg = overlay_jpeg(image, class_map, self.palette)
+            patiently(lambda: storage.write_bytes(place, jpeg))
+            row["overlay_uri"] = place
         return row
 
 
@@ -186,7 +188,7 @@ class Summary:
 
     @classmethod
     def counted(cls, statuses: Iterable[str], failures: list[dict[str, str]]) -> "Summary":
-        """Of rows that have these statuses, and the first of which that are not `ok` are these."""
+        """From the statuses of some rows, and a sample of their failures."""
         return cls(collections.Counter(statuses), failures)
 
     @classmethod

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import rssnet
 from pipeline import storage
-from pipeline.errors import PipelineError, mendable_cause
+from pipeline.errors import Overtaken, PipelineError, mendable_cause
 from pipeline.redaction import redacted
 from pipeline.storage_errors import StorageError
 
@@ -180,6 +180,8 @@ def record_run(
                 storage.delete(storage.join(url, str(output)))
         record.outputs = outputs
         yield record
+    except Overtaken:
+        raise  # the record that is there by now is the other run's
     except BaseException as error:
         record.outcome = "failed"
         record.error = _reason(error)

@@ -8,17 +8,19 @@ What makes a row stand once, whatever is killed:
   `pipeline.mask_stager`). A run that has lost its lease cannot commit any more.
 
 An image that cannot be used is a row that says why, and stays. One that storage did not give, that was overwritten or
-deleted between listing and reading, or that the model failed on, is a row too, but the next run takes it away and tries
-again: whether memory is enough depends on the machine and on settings that leave the model's id as it is.
+deleted between listing and reading, or that the model failed on, is a row too, but the next run tries it again, and
+replaces the row at its end: whether memory is enough depends on the machine and on settings that leave the model's id
+as it is.
 
-The driver holds a byte for each image that is to be segmented, and the names of the output's files: 100 million images
-take it 100 MB. What the cluster compares is divided (`pipeline.census`).
+The driver holds a byte for each image that is to be segmented, the names of the output's files and of the files of
+pending images: some 100 MB for 100 million images. What the cluster compares is divided (`pipeline.census`).
 """
 
 import contextlib
 import dataclasses
+import itertools
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -26,16 +28,16 @@ import pyarrow as pa
 import ray.data
 
 from pipeline import image_sources, mask_store, masks, storage
-from pipeline.census import Census, Pending
+from pipeline.census import Census, Pending, PendingFile
 from pipeline.cluster import IO_TASK_CPUS, connected
 from pipeline.errors import PipelineError
 from pipeline.image_sources import STORAGE_ERROR, ImageSource, Kind, Part
 from pipeline.lease import Held, Lease
-from pipeline.mask_changes import compact, take_away
+from pipeline.mask_changes import compact, remove_rows
 from pipeline.mask_products import ProductsConfig
 from pipeline.mask_stager import ROWS_PER_FILE, Ledger, MaskStager, in_rounds
 from pipeline.mask_store import MaskStore
-from pipeline.mask_summary import PLOT_FILE, TABLE_FILE, summarize
+from pipeline.mask_summary import PLOT_FILE, TABLE_FILE, keep_classes, summarize
 from pipeline.prediction import InferenceConfig, model_classes, model_id, predictor_pool
 from pipeline.prediction_rows import INFERENCE_ERROR, NUMBER, SLICES, MaskEncoder, Summary, read_images
 from pipeline.progress import Progress, announce
@@ -44,10 +46,11 @@ from pipeline.segmenter import Segmenter
 
 WORKFLOW = "segment"
 MAINTENANCE, MAINTENANCE_FOLDER = "maintain", "maintenance"  # of the record of a run that only compacts or sums up
-ROUND_IMAGES = 200_000  # in one execution of Ray Data, whose bookkeeping grows with what it has done
+ROUND_IMAGES = 1_000_000  # in one execution of Ray Data, whose bookkeeping grows with what it has done
 MOST_TOGETHER = 32  # images that a task reads
-TASKS_AT_LEAST = 64  # that a smaller number of images is divided into
-BLOCK_BYTES = 16 * 2**20  # of decoded images, from which on a task hands them over
+TASKS_AT_LEAST = 64  # small jobs are still cut into about this many tasks
+BLOCK_BYTES = 16 * 2**20  # a task emits a block once its decoded images exceed this
+TASK_RETRIES = 5  # of images on which the process of the model dies
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,10 @@ class SegmentConfig:
             raise ValueError("out is not given: name the place of the masks.")
         if bool(self.model) != bool(self.images) or not (self.model or self.compact or self.summary):
             raise ValueError("model and images go together: give both, or neither with compact or summary true.")
+        if not self.model and (self.replace_model or self.prune or self.new):
+            raise ValueError("replace_model, prune and new need model and images: give these, or leave those out.")
+        if self.summary_depth < 0:
+            raise ValueError(f"summary_depth is {self.summary_depth}: give 0 or more folders.")
 
 
 def segment(config: SegmentConfig) -> RunRecord:
@@ -132,12 +139,14 @@ def segment(config: SegmentConfig) -> RunRecord:
         return _maintained(config, run_id)
     model = model_id(config.model, config.inference, config.products)
     config.products.require(model_classes(config.model).names)
+    if config.products.overlays is not None:
+        storage.require_bucket(config.products.overlays)
     source = image_sources.resolved(ImageSource(config.images, config.source, config.include, config.exclude))
-    parts = image_sources.parts(source)
-    if config.prune and source.kind == "manifest":
+    image_sources.parts(source)  # what has no images is refused before anything is written
+    if config.prune and source.kind not in ("prefix", "tar"):
         raise PipelineError(
-            f"prune is true, but {source.images} is a manifest, and what it does not name need not be deleted: leave "
-            "prune out, or give the prefix of the images."
+            f"prune is true, but {source.images} is a {source.kind}, and what it does not name need not be deleted: "
+            "leave prune out, or give the prefix of the images."
         )
     # The lease comes first: who finds the output taken is not to wait for a cluster.
     with Lease(config.out, run_id) as lease, connected():
@@ -149,8 +158,10 @@ def segment(config: SegmentConfig) -> RunRecord:
             min_workers=config.min_workers,
             gpus_per_worker=config.gpus_per_worker,
         )
+        pool["max_task_retries"] = TASK_RETRIES  # by default an image that kills every process is tried for ever
         with MaskStore(config.out, run_id) as store:
-            return _Run(config, model, source, parts, pool, store, lease).run()
+            # Listed only now: what the run before this one has found there is to be found, too.
+            return _Run(config, model, source, image_sources.parts(source), pool, store, lease).run()
 
 
 def segment_in_turn(config: SegmentConfig) -> None:
@@ -184,7 +195,9 @@ def _compacted(store: MaskStore) -> dict[str, int]:
 
 
 def _summarized(config: SegmentConfig, model: str | None = None) -> None:
-    summarize(config.out, model, model_classes(config.model) if model else None, config.summary_depth)
+    if model is not None:
+        keep_classes(config.out, model, model_classes(config.model))
+    summarize(config.out, model, config.summary_depth)
     announce(f"summed up classes in {storage.join(config.out, TABLE_FILE)} and {storage.join(config.out, PLOT_FILE)}")
 
 
@@ -202,15 +215,13 @@ class _Run:
 
     def run(self) -> RunRecord:
         config, store = self.config, self.store
-        if config.new:
-            store.commit(remove=[place[len(config.out) :].lstrip("/") for place in mask_store.files(config.out)])
-        pending = Census(self.parts, config.out, self.model).pending(store.work)
+        pending = Census(self.parts, None if config.new else config.out, self.model).pending(store.work)
         inputs = {"model": self.model, "images": pending.fingerprint}
         finished = finished_record(config.out, WORKFLOW, config, inputs)
         if finished and not pending.images and not config.new:
             announce(f"nothing new: all {pending.listed} images of {config.images} have their rows in {config.out}")
             return finished
-        outputs = [mask_store.FOLDER]
+        outputs = [mask_store.FOLDER, *([TABLE_FILE, PLOT_FILE] if config.summary else [])]
         with record_run(config.out, WORKFLOW, config, inputs, outputs, run_id=store.run_id) as record:
             self._work(record, pending)
         announce(f"segmented {config.images} into {config.out} ({_counts_text(record.counts)})")
@@ -226,13 +237,15 @@ class _Run:
             f"  {pending.images} of {pending.listed} images are new to model {self.model}, "
             f"{pending.others} other files are passed over"
         )
-        take_away(self.store, pending.outdated)
-        _conclude(record, self.model, self._segmented(pending) if pending.images else Summary.total([]), pending)
+        if config.new:
+            files = mask_store.files(config.out)
+            self.store.commit(remove=[file[len(config.out) :].lstrip("/") for file in files])
+        _conclude(record, self.model, self._segmented(pending), pending)
         if config.replace_model or config.prune:
             census = Census(self.parts, config.out, None)
             replaced = census.superseded(self.model) if config.replace_model else None
             gone = census.gone(self.source) if config.prune else None
-            take_away(self.store, *([replaced] if replaced else []), record=gone)
+            remove_rows(self.store, *([replaced] if replaced else []), record=gone)
             counts = {"replaced": replaced, "pruned": gone}
             record.counts |= {name: rows.count for name, rows in counts.items() if rows is not None}
         if config.compact:
@@ -241,16 +254,28 @@ class _Run:
             _summarized(config, self.model)
 
     def _segmented(self, pending: Pending) -> Summary:
-        """Read, segment, encode, stage and commit."""
+        """Read, segment, encode, stage and commit.
+
+        Images with rows that are to be replaced come last, and are committed at the end together with the removal of
+        these, so that readers see one or the other.
+        """
         ledger = Ledger(self.store, pending.images)
-        slices = _slices(pending, self.config.batch_size)
+        if not pending.images:
+            remove_rows(self.store, pending.outdated)
+            return ledger.summary
+        together = max(1, min(MOST_TOGETHER, max(self.config.batch_size, pending.images // TASKS_AT_LEAST)))
         with Progress("segment", pending.images, "images") as progress, _small_blocks():
-            for together in in_rounds([slice["stop"] - slice["start"] for slice in slices], ROUND_IMAGES):
-                for staged in self._staged(slices[together.start : together.stop]):
-                    self.lease.require()
-                    progress.reporter.advance(ledger.take(staged))
-                    ledger.commit_if_due()
-            ledger.commit()
+            for again in (False, True):
+                numbered = _numbered(pending.files, again)
+                for files in in_rounds(numbered, ROUND_IMAGES):
+                    for staged in self._staged(_slices(files, together)):
+                        self.lease.require()
+                        progress.reporter.advance(ledger.take(staged))
+                        if not again:
+                            ledger.commit_if_due()
+                if not again:
+                    ledger.commit()
+        remove_rows(self.store, pending.outdated, add=ledger.staged)
         if ledger.missing:
             raise AssertionError(f"{ledger.missing} of {pending.images} images have no row: some are lost")
         return ledger.summary
@@ -264,7 +289,7 @@ class _Run:
             .map_batches(read_images, batch_size=1, batch_format="pyarrow", num_cpus=IO_TASK_CPUS)
             .map_batches(
                 Segmenter,
-                fn_constructor_args=(config.model, config.inference, config.products),
+                fn_constructor_args=(config.model, config.inference, config.products, self.model),
                 batch_format="pyarrow",
                 **self.pool,
             )
@@ -286,16 +311,19 @@ class _Run:
             yield from cast(pa.Table, batch).to_pylist()
 
 
-def _slices(pending: Pending, batch_size: int) -> list[dict[str, Any]]:
-    """Rows of `SLICES`: what a task reads at a time; the numbers go through all images."""
-    together = max(1, min(MOST_TOGETHER, max(batch_size, pending.images // TASKS_AT_LEAST)))
-    slices, number = [], 0
-    for file in pending.files:
-        for start in range(0, file.rows, together):
-            stop = min(start + together, file.rows)
-            slices.append({"file": file.url, "start": start, "stop": stop, NUMBER: number + start})
-        number += file.rows
-    return slices
+def _numbered(files: Sequence[PendingFile], again: bool) -> list[tuple[int, PendingFile]]:
+    """The files of pending images of one of the two kinds, each with the number of its first image."""
+    starts = itertools.accumulate((file.rows for file in files), initial=0)
+    return [(start, file) for start, file in zip(starts, files, strict=False) if file.again == again]
+
+
+def _slices(files: Sequence[tuple[int, PendingFile]], together: int) -> list[dict[str, Any]]:
+    """Rows of `SLICES`, of `together` images at most, each of which a task reads."""
+    return [
+        {"file": file.url, "start": start, "stop": min(start + together, file.rows), NUMBER: number + start}
+        for number, file in files
+        for start in range(0, file.rows, together)
+    ]
 
 
 @contextlib.contextmanager

@@ -7,8 +7,9 @@ import pyarrow as pa
 import torch
 
 from pipeline import masks
+from pipeline.errors import PipelineError
 from pipeline.mask_products import ProductsConfig
-from pipeline.prediction import InferenceConfig, PredictorActor
+from pipeline.prediction import InferenceConfig, PredictorActor, model_id
 from pipeline.prediction_rows import INFERENCE_ERROR, PIXELS, class_maps_schema
 from rssnet.inference import Prediction, Predictor
 
@@ -17,16 +18,29 @@ class Segmenter(PredictorActor):
     """Rows of `PIXELS` to rows of `class_maps_schema(products)`.
 
     An image that the model fails on stays a row, with the reason.
+
+    Args:
+        model_url: of the saved model.
+        inference: how it is applied.
+        products: what is made beside the mask.
+        expected: the id that the model had when the run began; None not to look.
     """
 
-    def __init__(self, model_url: str, inference: InferenceConfig, products: ProductsConfig | None = None) -> None:
-        self.products = products or ProductsConfig()
+    def __init__(
+        self,
+        model_url: str,
+        inference: InferenceConfig,
+        products: ProductsConfig | None = None,
+        expected: str | None = None,
+    ) -> None:
+        self.products, self.expected = products or ProductsConfig(), expected
         super().__init__(model_url, inference, top_k=max(1, self.products.top_k))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = batch.drop_columns("pixels").to_pylist()
         readable = [index for index, row in enumerate(rows) if row["status"] == masks.OK]
         if readable:
+            self._require_expected()
             self._segment(rows, readable, batch["pixels"])
         schema = class_maps_schema(self.products)
         if "pixels" not in schema.names:
@@ -35,6 +49,13 @@ class Segmenter(PredictorActor):
         without = schema.remove(schema.get_field_index("pixels"))
         table = pa.Table.from_pylist(rows, schema=without)
         return table.append_column(PIXELS.field("pixels"), batch.column(photographs))  # not copied
+
+    def _require_expected(self) -> None:
+        """Refuse a model that was overwritten since the run began: its rows would bear the id of the other."""
+        self.predictor  # noqa: B018 - loaded first: what is read afterwards has not been older
+        if self.expected not in (None, model_id(self.model_url, self.inference, self.products)):
+            raise PipelineError(f"The model at {self.model_url} was overwritten while it was in use: run again.")
+        self.expected = None
 
     def _segment(self, rows: list[dict[str, Any]], readable: list[int], pixels: pa.ChunkedArray) -> None:
         """Add what the model says, or why it says nothing, to the rows that have pixels."""

@@ -14,6 +14,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -33,6 +34,7 @@ from pipeline.storage_errors import explained as explained
 from pipeline.storage_errors import explained_items as explained_items
 
 UPLOADED_TOGETHER = 32  # files that upload_folder holds in memory
+DELETED_TOGETHER = 16
 _READINGS = 3  # of an object that is overwritten meanwhile
 
 
@@ -351,8 +353,9 @@ def delete(url: str) -> None:
     with explained(url):
         if scheme != "file":
             filesystem = _fsspec(scheme)
-            for key in {*filesystem.find(path), path} - {path.partition("/")[0]}:
-                filesystem.rm_file(key)
+            keys = {*filesystem.find(path), path} - {path.partition("/")[0]}
+            with ThreadPoolExecutor(DELETED_TOGETHER) as pool:
+                list(pool.map(filesystem.rm_file, keys))
         elif Path(path).is_dir() and not Path(path).is_symlink():
             shutil.rmtree(path)
         else:

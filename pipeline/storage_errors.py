@@ -22,6 +22,7 @@ _OVERLOADED = (
     "THROTTLING",
     "HTTP status 50",
     "RequestTimeout",
+    "ConditionalRequestConflict",
 )
 
 T = TypeVar("T")
@@ -123,6 +124,7 @@ def explained(url: str, *, absence: bool = True) -> Iterator[None]:
         raise
     except Exception as error:
         nothing_there = isinstance(error, FileNotFoundError) or getattr(error, "errno", None) in NOTHING_THERE
+        nothing_there = nothing_there or "NO_SUCH_KEY" in str(error)  # pyarrow's, of an object that was just deleted
         if nothing_there and not absence:
             raise FileNotFoundError(f"{url} does not exist") from error
         raise explanation(url, error) from error

@@ -61,16 +61,22 @@ class ImageSource:
     exclude: tuple[str, ...] = ()
 
     def covers(self, image_uri: str) -> bool:
-        """Whether an image of this name, if it were there, would be listed; of a source whose kind is resolved."""
+        """Whether this source would list an image of this name if it were there; for prefixes and tar files alone.
+
+        A tar file itself, of which a row may say that it is damaged, is covered too.
+        """
         base = self.images.rstrip("/")
+        place = image_uri.lower().find(".tar#")
         if self.kind == "tar":
-            archive, _, member = image_uri.partition(".tar#")
-            within = f"{archive}.tar" == base or archive.startswith(f"{base}/")
-            return bool(member) and within and self.wants(member)
+            archive = image_uri if place < 0 else image_uri[: place + len(".tar")]
+            within = archive == base or (archive.startswith(f"{base}/") and archive.lower().endswith(".tar"))
+            return within and (place < 0 or self.wants(image_uri[len(archive) + 1 :]))
+        if self.kind != "prefix" or place >= 0 or not image_uri.lower().endswith(SUFFIXES):
+            return False
         if image_uri == base:
             return self.wants(image_uri.rpartition("/")[2])
-        suited = self.kind == "dataset" or image_uri.lower().endswith(SUFFIXES)
-        return suited and image_uri.startswith(f"{base}/") and self.wants(image_uri[len(base) + 1 :])
+        below = image_uri[len(base) + 1 :]
+        return image_uri.startswith(f"{base}/") and "/." not in f"/{below}" and self.wants(below)
 
     def wants(self, place: str) -> bool:
         """Whether the patterns admit a place."""

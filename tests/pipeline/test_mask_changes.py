@@ -10,7 +10,7 @@ import ray
 from pipeline import mask_changes, mask_store, masks, storage
 from pipeline.census import ROW_KEYS, Rows
 from pipeline.errors import PipelineError, mendable_cause
-from pipeline.mask_changes import PRUNED_FOLDER, compact, take_away
+from pipeline.mask_changes import PRUNED_FOLDER, compact, remove_rows
 from pipeline.mask_store import MaskStore
 from pipeline.parquet_sink import write_table
 from tests.pipeline.prediction_table import prediction_row, prediction_table
@@ -48,7 +48,7 @@ def test_rows_are_taken_away_and_the_others_of_their_files_stay(bucket):
     before = _rows(bucket)
     with MaskStore(bucket, "run") as store:
         gone = _taken(("a", "part-1"), ("c", "part-2"), ("f", "again-4"))
-        take_away(store, _taken(("a", "part-1")), record=gone)
+        remove_rows(store, _taken(("a", "part-1")), record=gone)
     keys = {("a", "1"), ("c", "1"), ("f", "1")}
     assert _rows(bucket) == [row for row in before if (row["image_uri"], row["version"]) not in keys]
     assert "part-3.parquet" in _names(bucket)
@@ -60,10 +60,10 @@ def test_rows_are_taken_away_and_the_others_of_their_files_stay(bucket):
     assert set(recorded["run_id"].to_pylist()) == {"run"}
 
 
-def test_nothing_to_take_away_changes_nothing(tmp_path):
+def test_nothing_to_remove_rows_changes_nothing(tmp_path):
     _put(str(tmp_path), "part-1", prediction_row("a"))
     with MaskStore(str(tmp_path), "run") as store:
-        take_away(store, Rows([], [], 0), record=Rows([], [], 0))
+        remove_rows(store, Rows([], [], 0), record=Rows([], [], 0))
     assert _names(str(tmp_path)) == ["part-1.parquet"]
     assert not (tmp_path / PRUNED_FOLDER).exists()
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import mask_stager, mask_store, masks, storage
+from pipeline.census import PendingFile
 from pipeline.mask_stager import Ledger, MaskStager, in_rounds
 from pipeline.mask_store import MaskStore
 from pipeline.prediction_rows import NUMBER
@@ -88,7 +89,8 @@ def test_what_is_staged_is_committed_when_it_is_due(store, monkeypatch):
 
 @given(sizes=st.lists(st.integers(1, 9), max_size=20), most=st.integers(1, 20))
 def test_rounds_hold_everything_once_in_order(sizes, most):
-    rounds = list(in_rounds(sizes, most))
-    assert [index for together in rounds for index in together] == list(range(len(sizes)))
+    files = [(number, PendingFile("", size, again=False)) for number, size in enumerate(sizes)]
+    rounds = list(in_rounds(files, most))
+    assert [file for together in rounds for file in together] == files
     for together in rounds:
-        assert sum(sizes[index] for index in together) <= most or len(together) == 1
+        assert sum(file.rows for _, file in together) <= most or len(together) == 1

@@ -65,8 +65,9 @@ def test_what_is_staged_is_seen_once_it_is_committed(place):
     assert not list(storage.list_objects(storage.join(place, mask_store.WORK_FOLDER)))
 
 
-def test_readers_see_all_of_a_change_or_nothing_wherever_its_run_is_killed(tmp_path, monkeypatch):
-    """Compaction is such a change: many files go, one comes. `kill_at` counts what is done in the store."""
+@pytest.mark.parametrize("tidies_up", [False, True], ids=["killed", "interrupted"])
+def test_readers_see_all_of_a_change_or_nothing_wherever_its_run_ends(tmp_path, monkeypatch, tidies_up):
+    """Compaction is such a change: many files go, one comes. A run that is interrupted, as by Ctrl-C, still exits."""
     before, after, step = ["a", "b", "c"], ["a", "b", "c"], 0
     seen: list[tuple[list[str], list[str]]] = []
     while True:
@@ -79,6 +80,8 @@ def test_readers_see_all_of_a_change_or_nothing_wherever_its_run_is_killed(tmp_p
             with contextlib.suppress(_Killed):
                 store.commit(add=[merged], remove=[f"masks/{name}.parquet" for name in before])
             patch.undo()
+        if tidies_up:
+            store.__exit__(_Killed if killed else None, _Killed() if killed else None, None)
         assert _rows(url) == before
         of_folder = _rows_of_the_folder(url)
         assert set(of_folder) <= set(before)
@@ -183,6 +186,37 @@ def test_a_reader_that_meets_a_change_reads_again(tmp_path, monkeypatch):
     assert opened
 
 
+def test_a_reader_of_a_bucket_meets_a_change_after_it_has_seen_the_files(bucket, monkeypatch):
+    """Of an object that is gone pyarrow says so in an error of its own."""
+    store = _begun(bucket, "run")
+    store.commit(add=[_staged(store, "a"), _staged(store, "b")])
+    open_masks, opened = masks.open_masks, []
+
+    def opened_just_before_a_change(url: str) -> Any:
+        dataset = open_masks(url)
+        if not opened:
+            opened.append([fragment.metadata for fragment in dataset.get_fragments()])
+            store.commit(add=[_staged(store, "a", "b", file="merged")], remove=["masks/a.parquet", "masks/b.parquet"])
+        return dataset
+
+    monkeypatch.setattr(masks, "open_masks", opened_just_before_a_change)
+    assert _rows(bucket) == ["a", "b"]
+
+
+def test_a_listing_succeeds_while_a_run_only_adds(tmp_path, monkeypatch):
+    url = str(tmp_path)
+    store = _begun(url, "run")
+    list_objects, listed = storage.list_objects, []
+
+    def listed_while_files_come(place: str) -> Any:
+        listed.append(place)
+        store.commit(add=[_staged(store, f"{len(listed)}")])
+        return list_objects(place)
+
+    monkeypatch.setattr(storage, "list_objects", listed_while_files_come)
+    assert [Path(file).name for file in mask_store.files(url)] == ["1.parquet"]
+
+
 def test_a_listing_that_a_change_ran_through_is_made_again(tmp_path, monkeypatch):
     url = str(tmp_path)
     store = _begun(url, "run")
@@ -202,7 +236,7 @@ def test_a_listing_that_a_change_ran_through_is_made_again(tmp_path, monkeypatch
 
 def test_a_staged_file_that_is_gone_is_no_silent_loss(tmp_path):
     store = _begun(str(tmp_path), "run")
-    with pytest.raises(StorageError, match="is gone before it was moved"):
+    with pytest.raises(StorageError, match="is gone, which was to become"):
         store.commit(add=[staged("run", "part")])
 
 

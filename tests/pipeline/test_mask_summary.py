@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from pipeline import mask_store, storage
-from pipeline.mask_summary import PLOT_FILE, TABLE_FILE, day_of, prefix_of, summarize
+from pipeline.mask_summary import PLOT_FILE, TABLE_FILE, day_of, keep_classes, prefix_of, summarize
 from pipeline.parquet_sink import write_table
 from rssnet.classes import Classes
 from tests.pipeline.prediction_table import PALETTE, prediction_row, prediction_table
@@ -43,7 +43,8 @@ def test_the_prefix_is_the_first_folders_below_what_all_have_in_common():
 def test_shares_add_up_by_model_prefix_and_day(bucket):
     rows = [
         prediction_row("s3://b/in/north/2026-11-24/1.jpg"),
-        prediction_row("s3://b/in/north/2026-11-24/2.jpg", class_ids=[0], class_pixels=[8]),
+        # Half of it is of none of the classes that were kept.
+        prediction_row("s3://b/in/north/2026-11-24/2.jpg", class_ids=[0], class_pixels=[4]),
         prediction_row("s3://b/in/north/2026-11-25/1.jpg"),
         prediction_row("s3://b/in/south/1.jpg"),
         prediction_row("s3://b/in/south/2.jpg", status="damaged"),
@@ -51,13 +52,14 @@ def test_shares_add_up_by_model_prefix_and_day(bucket):
     ]
     for number, row in enumerate(rows):
         write_table(storage.join(bucket, mask_store.FOLDER, f"part-{number}.parquet"), prediction_table(row))
-    summarize(bucket, "model", CLASSES)
+    keep_classes(bucket, "model", CLASSES)
+    assert summarize(bucket) == summarize(bucket, "model")
     filesystem, path = storage.arrow_filesystem(storage.join(bucket, TABLE_FILE))
     found = pq.read_table(path, filesystem=filesystem).to_pylist()
     columns = ("model_id", "prefix", "day", "class_name", "images", "images_with_class", "pixels", "share")
     first, second = datetime.date(2026, 11, 24), datetime.date(2026, 11, 25)
     assert [tuple(row[name] for name in columns) for row in found] == [
-        ("model", "north", first, "road", 2, 2, 12, 0.75),
+        ("model", "north", first, "road", 2, 2, 8, 0.5),
         ("model", "north", first, "tree", 2, 1, 4, 0.25),
         ("model", "north", second, "road", 1, 1, 4, 0.5),
         ("model", "north", second, "tree", 1, 1, 4, 0.5),

@@ -380,6 +380,8 @@ def test_merging_and_summing_up_need_no_model_and_leave_the_record(tmp_path):
     assert masks.read_masks(out).num_rows == 3
     assert (tmp_path / mask_summary.PLOT_FILE).is_file()
     assert read_record(out) is None
+    with pytest.raises(ValueError, match="replace_model, prune and new need model and images"):
+        SegmentConfig(out=out, compact=True, prune=True)
     halves: list[dict[str, Any]] = [{"model": "m"}, {"images": "i", "compact": True}, {}]
     for wrong in halves:
         with pytest.raises(ValueError, match="model and images go together"):
