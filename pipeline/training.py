@@ -75,7 +75,9 @@ class ResourcesConfig:
             each change goes back to the last checkpoint. Without it there are always `workers`.
         parallelism: `ddp` for a whole model on each worker; `fsdp` for its shards, where one GPU cannot hold weights,
             gradients and moments.
-        use_gpu: one GPU for each worker.
+        use_gpu: a GPU for each worker.
+        gpus_per_worker: the share of a GPU that Ray reserves for each worker; below 1, several trials of a sweep share
+            one. They have to share its memory, too.
         cpus_per_worker: CPUs that Ray reserves for each worker; rounded up, its number of threads.
         max_failures: how often a failed worker group is started again from its last checkpoint.
         compile: let torch.compile make the forward and backward pass faster, after minutes of compiling.
@@ -86,6 +88,7 @@ class ResourcesConfig:
     min_workers: int | None = None
     parallelism: Parallelism = "ddp"
     use_gpu: bool = False
+    gpus_per_worker: float = 1.0
     cpus_per_worker: float = 1.0
     max_failures: int = 2
     compile: bool = False
@@ -240,19 +243,22 @@ def build_optimizer(
     return optimizer, poly_with_warmup(optimizer, config.iterations, warmup, options.warmup_lr, options.power)
 
 
-def fit(config: TrainConfig, reporter: Reporter, callbacks: Sequence[UserCallback] = ()) -> Result:
+def fit(
+    config: TrainConfig, reporter: Reporter, callbacks: Sequence[UserCallback] = (), start: str | None = None
+) -> Result:
     """Run the training loop on the cluster; goes on from the last checkpoint below `config.run`, if there is one.
 
     Args:
         config: as `completed` returns it.
         reporter: is told iterations and loss.
         callbacks: Ray Train's, called in its controller process.
+        start: URL of another run's checkpoint, whose weights a run that has none of its own begins with.
     """
     from pipeline.train_loop import train_worker  # the loop imports this module for its configuration
 
     for _ in range(CONTROLLER_FAILURES):
         try:
-            return _fit(train_worker, config, reporter, callbacks)
+            return _fit(train_worker, config, reporter, callbacks, start)
         except ControllerError as error:
             # Ray's own record of the checkpoints is written without patience.
             outage = explanation(config.run, error.controller_failure)
@@ -260,7 +266,7 @@ def fit(config: TrainConfig, reporter: Reporter, callbacks: Sequence[UserCallbac
                 raise
             announce(f"  {outage} Waiting for it, to go on from the last checkpoint.")
             patiently(partial(storage.exists, config.run))
-    return _fit(train_worker, config, reporter, callbacks)
+    return _fit(train_worker, config, reporter, callbacks, start)
 
 
 def _fit(
@@ -268,16 +274,17 @@ def _fit(
     config: TrainConfig,
     reporter: Reporter,
     callbacks: Sequence[UserCallback],
+    start: str | None,
 ) -> Result:
     filesystem, path = storage.arrow_filesystem(config.run)
     resources = config.resources
     workers = resources.workers if resources.min_workers is None else (resources.min_workers, resources.workers)
-    per_worker: dict[str, Any] = {"CPU": resources.cpus_per_worker, "GPU": 1}
+    per_worker: dict[str, Any] = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
     if not resources.use_gpu:  # what feeds it runs beside it: an elastic group takes every CPU that there is
         per_worker = {"CPU": resources.cpus_per_worker + FEEDING_CPUS}
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"config": config, "reporter": reporter},
+        train_loop_config={"config": config, "reporter": reporter, "start": start},
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=resources.use_gpu,
@@ -311,7 +318,7 @@ def require_resources(resources: ResourcesConfig, beside: float = 0.0) -> None:
     """
     require_capacity(
         needed_cpus(resources) + beside,
-        resources.fewest_workers if resources.use_gpu else 0,
+        resources.fewest_workers * resources.gpus_per_worker if resources.use_gpu else 0,
         f"{resources.fewest_workers} training workers and the tasks that feed them",
         "lower resources.workers or resources.cpus_per_worker, or set resources.use_gpu false",
     )
