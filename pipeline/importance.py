@@ -8,7 +8,7 @@ from optuna.importance import PedAnovaImportanceEvaluator
 
 from pipeline.objectives import Objectives
 from pipeline.search_space import SearchSpace
-from pipeline.searchers import told_trial
+from pipeline.searchers import new_study, told_trial
 from pipeline.trial_book import TrialRecord
 
 FEWEST = 6  # trials with a score; of fewer, nothing can be said
@@ -26,8 +26,7 @@ def importances(trials: Sequence[TrialRecord], space: SearchSpace, objectives: O
     Returns:
         By name, the most important first, with a sum of 1; empty with fewer than `FEWEST` trials, or if all are alike.
     """
-    mode = objectives.modes[0]
-    study = optuna.create_study(direction="maximize" if mode == "max" else "minimize")
+    study = new_study(objectives.modes[:1])
     for trial in trials:
         values = objectives.values(trial.metrics)
         if values is not None and space.lacks(trial.parameters) is None:

@@ -75,6 +75,8 @@ class Asha(_StopsFailed, ASHAScheduler):
 class HyperBand(_StopsFailed, HyperBandScheduler):
     """Ray's HyperBand (Li et al. 2018), with fewer places to run than a bracket has trials, and after a restart.
 
+    Ray's own supposes that all trials are there from the beginning.
+
     Args:
         places: trials that the cluster holds at a time.
         **options: of `HyperBandScheduler`.
@@ -88,6 +90,9 @@ class HyperBand(_StopsFailed, HyperBandScheduler):
         """Put a trial into a bracket: one that was restored with what it had reached, and waiting for its turn."""
         if trial.is_finished():
             return
+        bracket = self._state["bracket"]
+        if bracket is not None and len(bracket._all_trials) >= bracket._n0:
+            self._state["bracket"] = None  # Ray counts live trials alone: those that end early would never fill one
         super().on_trial_add(tune_controller, trial)
         if trial.last_result.get(self._time_attr) and trial.status == Trial.PENDING:
             self._trial_info[trial][0].update_trial_stats(trial, trial.last_result)

@@ -70,11 +70,7 @@ class StudySearcher(Searcher):
         self.ends = name == "grid"
         points = [dict(point) for point in first]
         queue = duplicates_left_out([*points, *(space.grid() if self.ends else [])])
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        study = optuna.create_study(
-            sampler=_sampler(name, seed),
-            directions=["maximize" if mode == "max" else "minimize" for mode in objectives.modes],
-        )
+        study = new_study(objectives.modes, TPESampler(seed=seed) if name == "optuna" else RandomSampler(seed=seed))
         for earlier in evaluated:
             study.add_trial(told_trial(space, earlier.point, list(earlier.values)))
         self._memory = _Study(study, queue)
@@ -150,5 +146,8 @@ def told_trial(space: SearchSpace, point: Mapping[str, Any], values: list[float]
     )
 
 
-def _sampler(name: SearcherName, seed: int) -> BaseSampler:
-    return TPESampler(seed=seed) if name == "optuna" else RandomSampler(seed=seed)
+def new_study(modes: Sequence[str], sampler: BaseSampler | None = None) -> optuna.Study:
+    """An empty study in memory, that says nothing of its own; each of `modes` is `max` or `min`."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    directions = ["maximize" if mode == "max" else "minimize" for mode in modes]
+    return optuna.create_study(sampler=sampler, directions=directions)
