@@ -149,5 +149,5 @@ def told_trial(space: SearchSpace, point: Mapping[str, Any], values: list[float]
 def new_study(modes: Sequence[str], sampler: BaseSampler | None = None) -> optuna.Study:
     """An empty study in memory, that says nothing of its own; each of `modes` is `max` or `min`."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    directions = ["maximize" if mode == "max" else "minimize" for mode in modes]
+    directions: list[Any] = ["maximize" if mode == "max" else "minimize" for mode in modes]
     return optuna.create_study(sampler=sampler, directions=directions)

@@ -1,22 +1,28 @@
 """A sweep on real Ray Tune: what it leaves behind, and what it must not leave."""
 
+import os
+import pickle
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 import yaml
 from ray.tune.schedulers import TrialScheduler
 from ray.util import placement_group_table
-from ray.util.state import list_actors
 
 from pipeline import storage
-from pipeline.command_line import load, read_yaml
+from pipeline.command_line import WrongCall, load, read_yaml
 from pipeline.ingest import IngestConfig, ingest
+from pipeline.run_record import read_record
 from pipeline.schedulers import Asha
 from pipeline.street_scenes import write_street_scenes
-from pipeline.sweep import SweepConfig, sweep
+from pipeline.sweep import SweepConfig, search_space, sweep
 from pipeline.training import TrainConfig
 from pipeline.warm_start import read_trials
 from tests.workflows.conftest import TRAIN
@@ -35,15 +41,18 @@ def _held_groups() -> list[str]:
     return [name for name, group in placement_group_table().items() if group["state"] != "REMOVED"]
 
 
-def _living_actors() -> int:
-    return len(list_actors(filters=[("state", "=", "ALIVE")], limit=1000))
+def _living_actors() -> list[str]:
+    """Those of a sweep: Ray Data keeps some of its own, and Ray Train's cleaner outlives what it cleans up after."""
+    kept = ("_StatsActor", "_AutoscalingCoordinatorActor", "DatasetManager", "PlacementGroupCleaner")
+    actors = [actor for actor in ray._private.state.actors().values() if actor["State"] == "ALIVE"]  # pyright: ignore
+    return [actor["ActorClassName"] for actor in actors if actor["ActorClassName"] not in kept]
 
 
 def _await_release() -> None:
     """Placement groups and processes go some time after the trial that they belonged to."""
     deadline = time.monotonic() + 60
     while _held_groups() or _living_actors():
-        assert time.monotonic() < deadline, (_held_groups(), list_actors(filters=[("state", "=", "ALIVE")]))
+        assert time.monotonic() < deadline, (_held_groups(), _living_actors())
         time.sleep(1)
 
 
@@ -151,3 +160,95 @@ def test_weights_move_between_trials_of_a_population(scenes: str, tmp_path: Path
     assert history["validation"][: len(common)] == common, "it goes on with the other's own history"
     assert taker.iterations == 8
     _await_release()
+
+
+def _book(run: str) -> list[dict[str, Any]]:
+    """The records that a running sweep has written down last."""
+    folder = storage.join(run, "tune")
+    found = [item.url for item in storage.list_objects(folder) if "callback-states" in item.url]
+    return pickle.loads(storage.read_bytes(found[-1]))[0]["records"] if found else []
+
+
+@pytest.mark.slow
+def test_after_a_killed_driver_the_same_sweep_goes_on_and_runs_no_finished_trial_again(
+    scenes: str, bucket: str, tmp_path: Path
+) -> None:
+    config = config_of(scenes, bucket, trials=4, scheduler="asha", grace_iterations=6)
+    (tmp_path / "config.pickle").write_bytes(pickle.dumps(config))
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    command = [sys.executable, "-c", SWEEP_SCRIPT, str(tmp_path / "config.pickle")]
+    driver = subprocess.Popen(command, env=environment, cwd=REPOSITORY)
+    try:
+        deadline = time.monotonic() + 400
+        while not any(record["state"] == "finished" for record in _book(bucket)):
+            assert driver.poll() is None, "the sweep ended before it could be killed"
+            assert time.monotonic() < deadline, "no trial was written down as finished"
+            time.sleep(0.5)
+    finally:
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+    before = _book(bucket)
+    finished = [record for record in before if record["state"] == "finished"]
+    assert read_record(bucket).outcome == "running"  # pyright: ignore[reportOptionalMemberAccess]
+    _await_release()
+    record = sweep(config)
+    trials = read_trials(bucket)
+    assert record.counts == {"trials": 4, "failed": 0}
+    assert [trial.trial_id for trial in trials[: len(before)]] == [record["trial_id"] for record in before]
+    for earlier in finished:
+        trial = trials[earlier["trial"]]
+        assert trial.curve == earlier["curve"]
+        history = storage.read_json(storage.join(trial.run, "history.json"))
+        assert len(history["starts"]) == 1, "a finished trial is not trained again"
+    assert all(trial.state == "finished" for trial in trials)
+    _await_release()
+
+
+@pytest.mark.slow
+def test_the_best_is_trained_again_with_the_full_schedule(scenes: str, tmp_path: Path) -> None:
+    config = config_of(scenes, tmp_path, trials=1, fixed={"iterations": 2}, scheduler="none", retrain=2)
+    record = sweep(config)
+    again = storage.read_json(storage.join(config.run, "retrained.json"))
+    assert again["seeds"] == [0, 1]
+    for seed, miou in zip(again["seeds"], again["mious"], strict=True):
+        found = read_record(storage.join(config.run, "retrained", f"seed-{seed}"))
+        assert found is not None
+        assert (found.config["iterations"], found.config["seed"], found.results["miou"]) == (6, seed, miou)
+    assert again["mean"] == pytest.approx(sum(again["mious"]) / 2)
+    assert "mIoU over 2 seeds" in (tmp_path / "report.html").read_text()
+    assert sweep(config).run_id == record.run_id
+
+
+@pytest.mark.slow
+def test_a_budget_ends_a_sweep_with_what_it_has(scenes: str, tmp_path: Path) -> None:
+    config = config_of(scenes, tmp_path, trials=50, scheduler="none", device_hours=1e-3, concurrent_trials=1)
+    record = sweep(config)
+    trials = read_trials(config.run)
+    assert record.counts["trials"] < 10
+    assert trials[-1].state == "out_of_budget"
+    _await_release()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"trials": 0}, "trials is 0: give 1 or more"),
+        ({"hours": 0.0}, "hours is 0.0: give more than 0"),
+        ({"retrain": -1}, "retrain is -1: give 0 or more"),
+        ({"objective": "speed"}, "The objective 'speed' is none that trials report"),
+        (
+            {"points": [{"optimizer.lr": 1.0}]},
+            "points[0] is no point of the search space: optimizer.lr is 1.0",
+        ),
+        ({"searcher": "grid"}, "The range of optimizer.lr is an interval"),
+        ({"scheduler": "pbt"}, "so that the searcher cannot be optuna: give --searcher random"),
+        ({"searcher": "random", "warm_start": ["s3://runs/1"]}, "warm_start is for the searcher optuna"),
+        ({"scheduler": "hyperband", "objective": ["miou", "gflops"]}, "hyperband compares trials by one objective"),
+        ({"space": {"iterations": {"choice": [80_000, 40_000]}}}, "iterations is searched, but the scheduler asha"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused_before_anything_starts(changes: dict[str, Any], says: str) -> None:
+    config = SweepConfig(**{"dataset": "d", "run": "r", "space": LR, **changes})
+    with pytest.raises(WrongCall) as refusal:
+        search_space(config)
+    assert says in str(refusal.value)
