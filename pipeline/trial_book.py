@@ -34,6 +34,7 @@ TRIALS_SCHEMA = pa.schema(
         *((name, pa.float64()) for name in METRICS),
         ("iterations", pa.int32()),
         ("planned_iterations", pa.int32()),
+        ("started", pa.float64()),
         ("seconds", pa.float64()),
         ("device_seconds", pa.float64()),
         ("state", pa.string()),
@@ -60,6 +61,7 @@ class TrialRecord:
             `out_of_memory` or `failed`.
         curve: each validation that was reported: `iteration`, and the metrics by name.
         seconds: that it has held its devices.
+        started: when it first held them, in seconds since 1970; 0 if it never did.
         error: why it has failed.
         parents: of a population: the numbers of the trials whose weights it has taken over, in order.
         run: URL of its training, where the model lies.
@@ -73,6 +75,7 @@ class TrialRecord:
     state: str = "waiting"
     curve: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
+    started: float = 0.0
     error: str | None = None
     parents: list[int] = field(default_factory=list)
     run: str = ""
@@ -109,6 +112,7 @@ class TrialRecord:
             **{name: self.metrics.get(name) for name in METRICS},
             "iterations": self.iterations,
             "planned_iterations": self.planned_iterations,
+            "started": self.started,
             "seconds": self.seconds,
             "device_seconds": self.device_seconds,
             "state": self.state,
@@ -166,6 +170,7 @@ class TrialBook(tune.Callback):
             if since is not None:
                 record.seconds += now - since
             if running:
+                record.started = record.started or time.time()
                 self._since[trial.trial_id] = now
             else:
                 self._free(trial)

@@ -42,6 +42,7 @@ def read_trials(run: str) -> list[TrialRecord]:
             state=row["state"],
             curve=[{name: point[name] for name in names if point[name] is not None} for point in row["curve"]],
             seconds=row["seconds"],
+            started=row["started"],
             error=row["error"],
             parents=row["parents"],
             run=row["run"],

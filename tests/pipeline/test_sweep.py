@@ -115,14 +115,14 @@ def test_a_trial_that_fails_is_recorded_and_the_sweep_goes_on(scenes: str, tmp_p
     space = {
         "optimizer.lr": {"choice": [1e-3, 1e30]},
         "model.separation.groups": {"choice": [1, 5]},
-        "model.decoder_width": {"choice": [None, 10_000_000]},
+        "model.cross_attention.mlp_ratio": {"choice": [4.0, 1e11]},  # more bytes than there are addresses
     }
     points = [
-        {"optimizer.lr": 1e30, "model.separation.groups": 1, "model.decoder_width": None},
-        {"optimizer.lr": 1e-3, "model.separation.groups": 5, "model.decoder_width": None},
-        {"optimizer.lr": 1e-3, "model.separation.groups": 1, "model.decoder_width": 10_000_000},
+        {"optimizer.lr": 1e30, "model.separation.groups": 1, "model.cross_attention.mlp_ratio": 4.0},
+        {"optimizer.lr": 1e-3, "model.separation.groups": 5, "model.cross_attention.mlp_ratio": 4.0},
+        {"optimizer.lr": 1e-3, "model.separation.groups": 1, "model.cross_attention.mlp_ratio": 1e11},
     ]
-    fixed = {"nonfinite_limit": 1, "iterations": 4}
+    fixed = {"nonfinite_limit": 1, "iterations": 4, "optimizer.warmup_iterations": 1}
     config = config_of(scenes, tmp_path, space=space, points=points, fixed=fixed, trials=4, scheduler="none")
     record = sweep(config)
     trials = read_trials(config.run)

@@ -53,7 +53,7 @@ def swept(count: int = 24) -> list[TrialRecord]:
             for step in range(1, 5 - number % 3)
         ]
         error = EVIL if state == "failed" else None
-        trials.append(TrialRecord(number, f"id{number}", point, 40, 2.0, state, curve, 10.0 + number, error))
+        trials.append(TrialRecord(number, f"id{number}", point, 40, 2.0, state, curve, 10.0 + number, 1.0, error))
     return trials
 
 

@@ -164,7 +164,7 @@ def record(number: int, state: str = "finished", miou: float = 0.4, lr: float = 
     parameters = {"optimizer.lr": lr}
     curve = [{"iteration": 50, "miou": miou / 2, "loss": 2.0}, {"iteration": 100, "miou": miou, "loss": 1.0}]
     error = None if state == "finished" else "why"
-    return TrialRecord(number, f"id{number}", parameters, 100, 2.0, state, curve, 10.0, error, [], "s3://run")
+    return TrialRecord(number, f"id{number}", parameters, 100, 2.0, state, curve, 10.0, 5.0, error, [], "s3://run")
 
 
 def test_trials_are_read_as_they_were_written_and_those_that_fit_are_learnt_from(
