@@ -122,11 +122,21 @@ class HyperBand(_StopsFailed, HyperBandScheduler):
         return super()._process_bracket(tune_controller, bracket)
 
 
-class Pbt(_StopsFailed, PopulationBasedTraining):
+class _SparesRecipe(PopulationBasedTraining):
+    """The first trial, the recipe itself, may be taken from, but keeps its own weights and settings to the end."""
+
+    def _checkpoint_or_exploit(
+        self, trial: Trial, tune_controller: Any, upper_quantile: list[Trial], lower_quantile: list[Trial]
+    ) -> None:
+        lower_quantile = [weak for weak in lower_quantile if not _is_first(weak)]
+        super()._checkpoint_or_exploit(trial, tune_controller, upper_quantile, lower_quantile)
+
+
+class Pbt(_StopsFailed, _SparesRecipe):
     """Population based training (Jaderberg et al. 2017); the trial itself carries the weights over, see `trial.py`."""
 
 
-class Pb2(_StopsFailed, PB2):
+class Pb2(_StopsFailed, _SparesRecipe, PB2):
     """Population based bandits (Parker-Holder et al. 2020)."""
 
 
@@ -219,5 +229,8 @@ def _mutation(parameter: Parameter) -> Any:
 
 
 def _is_first(trial: Trial) -> bool:
-    """Whether it is the first trial that the searcher has made; Ray Tune counts them at the head of their tags."""
-    return str(trial.experiment_tag).partition("_")[0] == "1"
+    """Whether it is the first trial that was made.
+
+    Ray Tune counts trials at the head of their tags, from 1; and those of a population at the end of their ids, from 0.
+    """
+    return str(trial.experiment_tag).partition("_")[0] == "1" or trial.trial_id.endswith("_00000")

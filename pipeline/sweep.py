@@ -16,6 +16,7 @@ from ray.tune.search import BasicVariantGenerator
 
 from pipeline import dataset, storage
 from pipeline.budget import Budget
+from pipeline.checkpoints import CHECKPOINTS_FOLDER
 from pipeline.cluster import connected, interruptible
 from pipeline.command_line import WrongCall, read_yaml
 from pipeline.errors import PipelineError
@@ -125,6 +126,7 @@ def sweep(config: SweepConfig) -> RunRecord:
             require_resources(default.resources, beside=DRIVER_CPUS)
             with record_run(config.run, "sweep", config, inputs, outputs, keep=not config.new) as record:
                 trials = _tried(config, space, default)
+                _delete_unneeded(config, trials)
                 front = config.objectives.front([trial.metrics for trial in trials])
                 rows = [trial.row(position in front) for position, trial in enumerate(trials)]
                 table = pa.Table.from_pylist(rows, schema=TRIALS_SCHEMA)
@@ -221,8 +223,9 @@ def _tried(config: SweepConfig, space: SearchSpace, default: TrainConfig) -> lis
             storage.join(config.run, TRIALS_FOLDER),
             space,
             config.objectives,
-            config.scheduler in POPULATIONS,
-            table.reporter,
+            pauses=config.scheduler in (*POPULATIONS, "hyperband"),
+            exchanges=config.scheduler in POPULATIONS,
+            reporter=table.reporter,
         )
         _run_tune(config, job, search, default, count, places, book, budget)
     trials = book.trials
@@ -269,6 +272,19 @@ def _run_tune(
         callbacks=[book],
         verbose=0,
     )
+
+
+def _delete_unneeded(config: SweepConfig, trials: list[TrialRecord]) -> None:
+    """Delete what has served its purpose: what a population kept to exchange, and trials of before a restart."""
+    folder = storage.join(config.run, TRIALS_FOLDER)
+    by_id = {trial.trial_id: trial for trial in trials}
+    for name in {found.url[len(folder) :].strip("/").partition("/")[0] for found in storage.list_objects(folder)}:
+        place = storage.join(folder, name)
+        trial = by_id.get(name.partition("-")[0])
+        if trial is None or (trial.run and trial.run != place):
+            storage.delete(place)
+        elif config.scheduler in POPULATIONS:
+            storage.delete(storage.join(place, CHECKPOINTS_FOLDER))
 
 
 def _has_begun(run: str) -> bool:

@@ -11,9 +11,11 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,8 @@ class TrialJob:
         place: URL that each trial has a folder of its own below.
         space: which turns a trial's parameters into its configuration.
         objectives: of the sweep, each of which a validation has to have.
-        exchanges: whether a trial may go on with another one's weights.
+        pauses: whether trials are paused at validations, so that each of these needs a checkpoint.
+        exchanges: whether a trial may go on with another one's weights, too, so that every checkpoint has to stay.
         reporter: is told how far trainings are.
     """
 
@@ -70,6 +73,7 @@ class TrialJob:
     place: str
     space: SearchSpace
     objectives: Objectives
+    pauses: bool
     exchanges: bool
     reporter: Reporter
 
@@ -98,12 +102,10 @@ def run_trial(parameters: dict[str, Any], job: TrialJob) -> None:
     try:
         config = job.space.config(job.dataset, run, parameters)
         config = completed(config, dataset.open(config.dataset))
-        if job.exchanges:  # what another trial may go on from has to be there, and to be that of a validation
-            config = dataclasses.replace(
-                config,
-                checkpoint_every=config.evaluate_every,
-                keep_checkpoints=-(-config.iterations // config.evaluate_every),
-            )
+        if job.pauses:
+            config = dataclasses.replace(config, checkpoint_every=config.evaluate_every)
+        if job.exchanges:
+            config = dataclasses.replace(config, keep_checkpoints=-(-config.iterations // config.evaluate_every))
         told[PLANNED] = config.iterations
         if start is not None and pointer is not None:
             told[PARENT] = pointer.trial_id
@@ -114,7 +116,7 @@ def run_trial(parameters: dict[str, Any], job: TrialJob) -> None:
             told["validations"] = -(-told["iteration"] // config.evaluate_every)
             if job.objectives.values(told) is None:
                 found = ", ".join(f"{name} is {told.get(name)}" for name in job.objectives.names)
-                raise PipelineError(f"At iteration {told['iteration']} {found}, which cannot be compared.")
+                raise PipelineError(f"At iteration {told['iteration']} the {found}, which cannot be compared.")
             _tell(told, Pointer(run, checkpoint, trial_id) if job.exchanges and checkpoint else None)
             told.pop(PARENT, None)
     except Exception as error:
@@ -187,20 +189,33 @@ def _validations(
     # and start them anew in a placement group that nobody removes.
     config = dataclasses.replace(config, resources=dataclasses.replace(config.resources, max_failures=0))
     part, queue = job.reporter.part(trial_id), Queue(actor_options={"num_cpus": 0})
-    with ThreadPoolExecutor(1) as executor:
-        training = executor.submit(fit, config, part, [_HandOver(queue, config.run)], start)
-        constant = {"gflops": gflops(config)}
-        done = 0
-        for metrics, checkpoint in _items(queue, training):
-            done = metrics["iteration"]
-            yield metrics | constant, checkpoint
-        training.result()
+    training = _begun(partial(fit, config, part, [_HandOver(queue, config.run)], start))
+    constant = {"gflops": gflops(config)}
+    done = 0
+    for metrics, checkpoint in _items(queue, training):
+        done = metrics["iteration"]
+        yield metrics | constant, checkpoint
+    training.result()
     queue.shutdown()
     if done < config.iterations:  # it had ended before its driver was killed
         last = storage.read_json(storage.join(config.run, HISTORY_FILE))
         logged = [point for point in last["training"] if point["loss"] is not None]
         yield {"loss": logged[-1]["loss"] if logged else math.nan, **last["validation"][-1], **constant}, ""
     part.update(config.iterations)
+
+
+def _begun(call: Callable[[], Any]) -> Future[Any]:
+    """The result of a call that a thread makes, which does not keep a process that is to end from ending."""
+    result: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(call())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="training", daemon=True).start()
+    return result
 
 
 def _items(queue: Queue, training: Future[Any]) -> Iterator[tuple[dict[str, Any], str]]:
