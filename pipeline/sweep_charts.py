@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from pipeline.charts import ACCENT, BEST, GRID, HEIGHT_INCHES, INK, MUTED, WIDTH_INCHES, svg
 from pipeline.objectives import Objectives
@@ -27,7 +28,7 @@ def learning_curves(trials: Sequence[TrialRecord], objective: str, best: int) ->
         points = [(point["iteration"], point[objective]) for point in trial.curve if objective in point]
         if points:
             leads = trial.trial == best
-            colour, alpha = (BEST, 1.0) if leads else (MUTED if trial.trial == 0 else ACCENT, 0.45)
+            colour, alpha = (BEST, 1.0) if leads else (INK, 0.7) if trial.trial == 0 else (ACCENT, 0.4)
             axes.plot(*zip(*points, strict=True), color=colour, alpha=alpha, linewidth=2, marker="o", markersize=4)
             axes.annotate(str(trial.trial), points[-1], (5, -3), textcoords="offset points", color=INK, fontsize=8)
     axes.margins(x=0.04)
@@ -117,6 +118,7 @@ def slices(trials: Sequence[TrialRecord], parameters: Mapping[str, Parameter], o
             places = [float(trial.parameters[name]) for trial in with_it]
             if parameter.kind == "loguniform":
                 axes.set_xscale("log")
+                axes.xaxis.set_minor_formatter(NullFormatter())
         axes.scatter(places, heights, s=26, color=colours, alpha=0.85)
         axes.set_xlabel(_short(name))
         if position % columns == 0:
@@ -129,7 +131,7 @@ def slices(trials: Sequence[TrialRecord], parameters: Mapping[str, Parameter], o
 
 def pareto_front(trials: Sequence[TrialRecord], objectives: Objectives, front: Sequence[int]) -> str:
     """Two objectives against each other; `front` has the numbers of the trials that none other beats in both."""
-    figure = Figure(figsize=(WIDTH_INCHES, HEIGHT_INCHES), layout="constrained")
+    figure = Figure(figsize=(WIDE_INCHES, HEIGHT_INCHES), layout="constrained")
     axes = figure.subplots()
     across, up = objectives.names[1], objectives.names[0]
     on_it = sorted((trial for trial in trials if trial.trial in front), key=lambda trial: trial.metrics[across])

@@ -121,7 +121,7 @@ def _charts(
     if best is not None:
         number = best.trial
         parameters = _used(space.parameters, scored)
-        curves = "A line per trial; the best one is brought out, the recipe itself, trial 0, is grey."
+        curves = "A line per trial; the best one is brought out, the recipe itself, trial 0, is dark."
         add("Learning curves", curves, lambda: sweep_charts.learning_curves(trials, first, number))
         if len(objectives.names) > 1:
             note = f"No trial on the line is beaten by another in both {objectives.names[0]} and {objectives.names[1]}."

@@ -28,7 +28,7 @@ from pipeline.warm_start import read_trials
 from tests.workflows.conftest import TRAIN
 
 REPOSITORY = Path(__file__).parents[2]
-BASE = {**TRAIN, "iterations": 6, "evaluate_every": 2, "checkpoint_every": 2, "resources": {"cpus_per_worker": 0.4}}
+BASE = {**TRAIN, "iterations": 6, "evaluate_every": 2, "checkpoint_every": 2, "resources": {"cpus_per_worker": 0.3}}
 LR = {"optimizer.lr": {"loguniform": [1e-5, 1e-2]}}
 SWEEP_SCRIPT = """
 import pickle, sys
@@ -41,18 +41,18 @@ def _held_groups() -> list[str]:
     return [name for name, group in placement_group_table().items() if group["state"] != "REMOVED"]
 
 
-def _living_actors() -> list[str]:
+def living_actors() -> list[str]:
     """Those of a sweep: Ray Data keeps some of its own, and Ray Train's cleaner outlives what it cleans up after."""
     kept = ("_StatsActor", "_AutoscalingCoordinatorActor", "DatasetManager", "PlacementGroupCleaner")
     actors = [actor for actor in ray._private.state.actors().values() if actor["State"] == "ALIVE"]  # pyright: ignore
     return [actor["ActorClassName"] for actor in actors if actor["ActorClassName"] not in kept]
 
 
-def _await_release() -> None:
+def await_release() -> None:
     """Placement groups and processes go some time after the trial that they belonged to."""
     deadline = time.monotonic() + 60
-    while _held_groups() or _living_actors():
-        assert time.monotonic() < deadline, (_held_groups(), _living_actors())
+    while _held_groups() or living_actors():
+        assert time.monotonic() < deadline, (_held_groups(), living_actors())
         time.sleep(1)
 
 
@@ -80,12 +80,17 @@ class _StopsAllButTheFirst(Asha):
         return said if trial is tune_controller.get_trials()[0] else TrialScheduler.STOP
 
 
+def stop_all_but_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At their first validation."""
+    monkeypatch.setattr("pipeline.schedulers.Asha", _StopsAllButTheFirst)
+
+
 @pytest.mark.slow
 def test_a_sweep_leaves_its_trials_its_best_and_nothing_that_runs(
     scenes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Under ASHA with Optuna; a stopped trial is called so."""
-    monkeypatch.setattr("pipeline.schedulers.Asha", _StopsAllButTheFirst)
+    stop_all_but_the_first(monkeypatch)
     switch = "model.separation.enabled"
     space = {**LR, switch: {"choice": [True, False]}}
     space["model.separation.kernel_size"] = {"choice": [3, 5], "when": {switch: [True]}}
@@ -105,7 +110,7 @@ def test_a_sweep_leaves_its_trials_its_best_and_nothing_that_runs(
     best = load(TrainConfig, read_yaml(f"{config.run}/best.yaml"), {"run": "elsewhere"})
     assert best.optimizer.lr == pytest.approx(trials[record.results["best_trial"]].parameters["optimizer.lr"])
     assert "<h2>Pareto front</h2>" in (tmp_path / "sweep" / "report.html").read_text()
-    _await_release()
+    await_release()
     assert sweep(config).run_id == record.run_id, "a finished sweep is not run again"
 
 
@@ -172,7 +177,7 @@ def test_weights_move_between_trials_of_a_population(
     assert history["validation"][: len(common)] == common, "it goes on with the other's own scores"
     assert (first.iterations, second.iterations) == (16, 16)
     assert not list(tmp_path.rglob("state.pt")), "what was kept to be exchanged is deleted"
-    _await_release()
+    await_release()
 
 
 def _book(run: str) -> list[dict[str, Any]]:
@@ -203,7 +208,7 @@ def test_after_a_killed_driver_the_same_sweep_goes_on_and_runs_no_finished_trial
     before = _book(bucket)
     finished = [record for record in before if record["state"] == "finished"]
     assert read_record(bucket).outcome == "running"  # pyright: ignore[reportOptionalMemberAccess]
-    _await_release()
+    await_release()
     record = sweep(config)
     trials = read_trials(bucket)
     assert record.counts == {"trials": 4, "failed": 0}
@@ -214,7 +219,7 @@ def test_after_a_killed_driver_the_same_sweep_goes_on_and_runs_no_finished_trial
         history = storage.read_json(storage.join(trial.run, "history.json"))
         assert len(history["starts"]) == 1, "a finished trial is not trained again"
     assert all(trial.state == "finished" for trial in trials)
-    _await_release()
+    await_release()
 
 
 @pytest.mark.slow
@@ -239,7 +244,7 @@ def test_a_budget_ends_a_sweep_with_what_it_has(scenes: str, tmp_path: Path) -> 
     trials = read_trials(config.run)
     assert record.counts["trials"] < 10
     assert trials[-1].state == "out_of_budget"
-    _await_release()
+    await_release()
 
 
 @pytest.mark.parametrize(
