@@ -55,13 +55,19 @@ class SimulatedSweep:
         curves: one per trial; all as long as each other.
         places: trials at the same time.
         every: iterations from one validation to the next.
+        most: validations of all trials together, after which no new one begins.
     """
 
     def __init__(
-        self, scheduler: TrialScheduler, curves: Sequence[Sequence[float]], places: int, every: int = 1
+        self,
+        scheduler: TrialScheduler,
+        curves: Sequence[Sequence[float]],
+        places: int,
+        every: int = 1,
+        most: float = float("inf"),
     ) -> None:
         assert scheduler.set_search_properties("miou", "max")
-        self.scheduler, self.places, self.every = scheduler, places, every
+        self.scheduler, self.places, self.every, self.most = scheduler, places, every, most
         self.trials: list[SimulatedTrial] = []
         self._waiting: Iterator[SimulatedTrial] = (SimulatedTrial(*pair) for pair in enumerate(curves))
         self._left = len(curves)
@@ -101,6 +107,8 @@ class SimulatedSweep:
         return sum(trial.steps for trial in self.trials)
 
     def _fill(self) -> None:
+        if self.steps >= self.most:
+            self._left = 0
         while sum(trial.status == Trial.RUNNING for trial in self.trials) < self.places:
             chosen: Any = self.scheduler.choose_trial_to_run(self)  # pyright: ignore[reportArgumentType]
             if chosen is None and self._left:
