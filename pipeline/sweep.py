@@ -112,32 +112,38 @@ def sweep(config: SweepConfig) -> RunRecord:
     data = dataset.open(config.dataset)
     default = completed(space.config(config.dataset, config.run, {}), data)
     inputs = {"dataset": data.info.fingerprint, "base": json.dumps(space.base, sort_keys=True)}
-    finished = None
+    record = None
     if not config.new:
-        finished = finished_record(config.run, "sweep", config, inputs)
-        if finished is None:
+        record = finished_record(config.run, "sweep", config, inputs)
+        if record is None:
             refuse_other_work(config.run, "sweep", config, inputs, resumes=True)
         else:
-            announce(f"already swept: {config.run} ({_best_text(finished.results)})")
-    outputs = [BEST_FILE, TRIALS_FILE, REPORT_FILE, TRIALS_FOLDER, TUNE_FOLDER]
+            announce(f"already swept: {config.run} ({_best_text(record.results)})")
+            if not config.retrain:
+                return record
     with connected():
-        record = finished
         if record is None:
-            require_resources(default.resources, beside=DRIVER_CPUS)
-            with record_run(config.run, "sweep", config, inputs, outputs, keep=not config.new) as record:
-                trials = _tried(config, space, default)
-                _delete_unneeded(config, trials)
-                front = config.objectives.front([trial.metrics for trial in trials])
-                rows = [trial.row(position in front) for position, trial in enumerate(trials)]
-                table = pa.Table.from_pylist(rows, schema=TRIALS_SCHEMA)
-                write_table(storage.join(config.run, TRIALS_FILE), table)
-                record.counts = {"trials": len(trials), "failed": sum(trial.state in FAILED for trial in trials)}
-                record.results = _write_best(config, space, trials)
-                write_sweep_report(config.run, space, config.objectives, trials)
+            record = _swept(config, space, default, inputs)
             announce(f"swept {config.run}/{BEST_FILE} ({_best_text(record.results)})")
         if config.retrain:
             again = _retrain(config, space, record)
             announce(f"trained the best of {config.run} again: {again.text}")
+    return record
+
+
+def _swept(config: SweepConfig, space: SearchSpace, default: TrainConfig, inputs: dict[str, str]) -> RunRecord:
+    """Run the trials under a record, and write down what they have found."""
+    require_resources(default.resources, beside=DRIVER_CPUS)
+    outputs = [BEST_FILE, TRIALS_FILE, REPORT_FILE, TRIALS_FOLDER, TUNE_FOLDER]
+    with record_run(config.run, "sweep", config, inputs, outputs, keep=not config.new) as record:
+        trials = _tried(config, space, default)
+        _delete_unneeded(config, trials)
+        front = config.objectives.front([trial.metrics for trial in trials])
+        rows = [trial.row(position in front) for position, trial in enumerate(trials)]
+        write_table(storage.join(config.run, TRIALS_FILE), pa.Table.from_pylist(rows, schema=TRIALS_SCHEMA))
+        write_sweep_report(config.run, space, config.objectives, trials)
+        record.counts = {"trials": len(trials), "failed": sum(trial.state in FAILED for trial in trials)}
+        record.results = _write_best(config, space, trials)
     return record
 
 
