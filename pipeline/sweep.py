@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -256,28 +257,30 @@ def _run_tune(
     filesystem, path = storage.arrow_filesystem(config.run)
     populations = config.scheduler in POPULATIONS
     parameters = job.space.parameters.items()
-    tune.run(
-        tune.with_resources(tune.with_parameters(run_trial, job=job), {"CPU": DRIVER_CPUS}),
-        name=TUNE_FOLDER,
-        storage_path=path,
-        storage_filesystem=filesystem,
-        config={name: domain(parameter) for name, parameter in parameters} if populations else {},
-        metric=config.objectives.first,
-        mode=config.objectives.modes[0],
-        num_samples=count,
-        max_concurrent_trials=None if populations else places,
-        search_alg=search,
-        scheduler=book.scheduler,
-        stop=budget,
-        max_failures=default.resources.max_failures,
-        raise_on_failed_trial=False,
-        reuse_actors=False,  # a trial's process ends with it, and all that it has held
-        # `Tuner.restore` would bring back the callbacks and the scheduler that were pickled when the sweep began, with
-        # handles of a cluster that is gone. This is what it calls, and takes those of this process.
-        resume_config=_RESUME if _has_begun(config.run) else None,
-        callbacks=[book],
-        verbose=0,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Consider boosting PBT")  # by processes that outlive their trial
+        tune.run(
+            tune.with_resources(tune.with_parameters(run_trial, job=job), {"CPU": DRIVER_CPUS}),
+            name=TUNE_FOLDER,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            config={name: domain(parameter) for name, parameter in parameters} if populations else {},
+            metric=config.objectives.first,
+            mode=config.objectives.modes[0],
+            num_samples=count,
+            max_concurrent_trials=None if populations else places,
+            search_alg=search,
+            scheduler=book.scheduler,
+            stop=budget,
+            max_failures=default.resources.max_failures,
+            raise_on_failed_trial=False,
+            reuse_actors=False,  # a trial's process ends with it, and all that it has held
+            # `Tuner.restore` would bring back the callbacks and the scheduler that were pickled when the sweep began, with
+            # handles of a cluster that is gone. This is what it calls, and takes those of this process.
+            resume_config=_RESUME if _has_begun(config.run) else None,
+            callbacks=[book],
+            verbose=0,
+        )
 
 
 def _delete_unneeded(config: SweepConfig, trials: list[TrialRecord]) -> None:
