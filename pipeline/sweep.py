@@ -275,8 +275,8 @@ def _run_tune(
             max_failures=default.resources.max_failures,
             raise_on_failed_trial=False,
             reuse_actors=False,  # a trial's process ends with it, and all that it has held
-            # `Tuner.restore` would bring back the callbacks and the scheduler that were pickled when the sweep began, with
-            # handles of a cluster that is gone. This is what it calls, and takes those of this process.
+            # `Tuner.restore` would bring back the callbacks and the scheduler that were pickled when the sweep began,
+            # with handles of a cluster that is gone. This is what it calls, and takes those of this process.
             resume_config=_RESUME if _has_begun(config.run) else None,
             callbacks=[book],
             verbose=0,
