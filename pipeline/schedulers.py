@@ -52,7 +52,8 @@ class Asha(_StopsFailed, ASHAScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """What becomes of a trial that has reported."""
         action = super().on_trial_result(tune_controller, trial, result)
-        spared = _is_first(trial) and FAILURE not in result
+        # Ray Tune counts a searcher's trials at the head of their tags, from 1.
+        spared = str(trial.experiment_tag).partition("_")[0] == "1" and FAILURE not in result
         return TrialScheduler.CONTINUE if spared else action
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
@@ -128,7 +129,8 @@ class _SparesRecipe(PopulationBasedTraining):
     def _checkpoint_or_exploit(
         self, trial: Trial, tune_controller: Any, upper_quantile: list[Trial], lower_quantile: list[Trial]
     ) -> None:
-        lower_quantile = [weak for weak in lower_quantile if not _is_first(weak)]
+        # The trials of a population are counted at the end of their ids, from 0.
+        lower_quantile = [weak for weak in lower_quantile if not weak.trial_id.endswith("_00000")]
         super()._checkpoint_or_exploit(trial, tune_controller, upper_quantile, lower_quantile)
 
 
@@ -226,11 +228,3 @@ def domain(parameter: Parameter) -> Any:
 def _mutation(parameter: Parameter) -> Any:
     # Of a list, PBT takes a neighbour; of a domain, a fifth more or less.
     return parameter.finite() if parameter.kind in ("choice", "quniform") else domain(parameter)
-
-
-def _is_first(trial: Trial) -> bool:
-    """Whether it is the first trial that was made.
-
-    Ray Tune counts trials at the head of their tags, from 1; and those of a population at the end of their ids, from 0.
-    """
-    return str(trial.experiment_tag).partition("_")[0] == "1" or trial.trial_id.endswith("_00000")

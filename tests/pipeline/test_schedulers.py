@@ -154,6 +154,21 @@ def test_pb2_says_what_it_lacks_or_is_made() -> None:
         assert type(scheduler("pb2")).__name__ == "Pb2"
 
 
+def test_pbt_lets_every_trial_but_the_recipe_take_over_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[Any]] = []
+    monkeypatch.setattr(
+        "ray.tune.schedulers.PopulationBasedTraining._checkpoint_or_exploit", lambda *given: asked.append(given[4])
+    )
+    population: list[Any] = [
+        type("Trial", (), {"trial_id": f"3c0de_{number:05}", "experiment_tag": f"{number}_lr=1"})()
+        for number in range(3)
+    ]
+    found = scheduler("pbt")
+    assert isinstance(found, Pbt)
+    found._checkpoint_or_exploit(population[1], None, [], population)
+    assert asked == [population[1:]]
+
+
 def test_pbt_keeps_what_it_changes_within_its_range() -> None:
     ranges = {**LR, "model.drop_path": {"uniform": [0.0, 0.3]}, "augmentation.flip": {"choice": [0.0, 0.5]}}
     found = scheduler("pbt", ranges=ranges)
