@@ -139,7 +139,9 @@ def test_a_trial_that_fails_is_recorded_and_the_sweep_goes_on(scenes: str, tmp_p
 
 
 def _second_is_worse(scheduler: Pbt) -> tuple[list[Any], list[Any]]:
-    """Which trial is better hangs, after a few iterations, on chance; and which one is ahead, on the machine."""
+    """Once: which trial is better hangs, after a few iterations, on chance; which one is ahead, on the machine."""
+    if scheduler._num_perturbations:
+        return [], []
     trials = sorted(scheduler._trial_state, key=lambda trial: trial.trial_id)
     scored = [trial for trial in trials if scheduler._trial_state[trial].last_score is not None]
     return ([trial for trial in scored if trial is not trials[0]], trials[:1]) if trials[0] in scored else ([], [])
@@ -164,7 +166,7 @@ def test_weights_move_between_trials_of_a_population(
     )
     sweep(config)
     first, second = read_trials(config.run)
-    assert set(second.parents) == {0}, "it has not taken over anything"
+    assert second.parents == [0], "it has not taken over anything"
     assert first.parents == []
     assert first.parameters == {"optimizer.lr": 1e-3}
     assert second.run.rpartition("/")[2].startswith(f"{second.trial_id}-")
