@@ -4,7 +4,7 @@ DATA ?=
 OUTPUT ?= demo-output
 BIN := .venv/bin
 
-.PHONY: install demo test test-heavy lint types format presets bench-model bench-ablation bench-ingest bench-train bench-segment bench-masks gpu clean
+.PHONY: install demo test test-heavy lint types format presets bench-model bench-ablation bench-ingest bench-train bench-segment bench-sweep bench-masks gpu clean
 
 install: .venv/installed
 
@@ -59,6 +59,9 @@ bench-train: install
 
 bench-segment: install
 	$(BIN)/python -m tests.benchmarks.segment
+
+bench-sweep: install
+	$(BIN)/python -m tests.benchmarks.sweep --data '$(DATA)'
 
 bench-masks: install
 	$(BIN)/python -m tests.benchmarks.masks --data '$(DATA)'

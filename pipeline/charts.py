@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-# matplotlib wants colours, the page has CSS variables: each stands for one until `_svg` puts the variables in.
+# matplotlib wants colours, the page has CSS variables: each stands for one until `svg` puts the variables in.
 INK, MUTED, GRID, ACCENT, BEST = "#000001", "#000002", "#000003", "#000004", "#000005"
 _VARIABLES = {
     INK: "var(--ink)",
@@ -44,7 +44,7 @@ def loss_chart(iterations: Sequence[int], losses: Sequence[float], rates: Sequen
     below.set_ylabel("lr")
     below.set_yticks([max(rates)], [f"{max(rates):.0e}"])
     below.set_xlabel("iteration")
-    return _svg(figure, [above, below], "Training loss and learning rate over iterations")
+    return svg(figure, [above, below], "Training loss and learning rate over iterations")
 
 
 def miou_chart(iterations: Sequence[int], mious: Sequence[float]) -> str:
@@ -59,7 +59,7 @@ def miou_chart(iterations: Sequence[int], mious: Sequence[float]) -> str:
     axes.margins(x=0.07)
     axes.set_ylabel("mIoU")
     axes.set_xlabel("iteration")
-    return _svg(figure, [axes], "Validation mIoU over iterations")
+    return svg(figure, [axes], "Validation mIoU over iterations")
 
 
 def trials_chart(names: Sequence[str], mious: Sequence[float], best: int) -> str:
@@ -78,10 +78,17 @@ def trials_chart(names: Sequence[str], mious: Sequence[float], best: int) -> str
     if len(names) <= TRIAL_LABELS:
         axes.set_xticks(positions, names)
     axes.set_ylabel("mIoU")
-    return _svg(figure, [axes], "Validation mIoU of each trial")
+    return svg(figure, [axes], "Validation mIoU of each trial")
 
 
-def _svg(figure: Figure, all_axes: Sequence[Axes], label: str) -> str:
+def svg(figure: Figure, all_axes: Sequence[Axes], label: str, ordinal: bool = False) -> str:
+    """A figure in the page's own colours.
+
+    Args:
+        figure, all_axes: what is drawn.
+        label: says what it shows to whoever cannot see it.
+        ordinal: whether the vertical axis has names, not numbers.
+    """
     for axes in all_axes:
         axes.spines[:].set_visible(False)
         axes.grid(axis="y", color=GRID, linewidth=1)
@@ -89,20 +96,20 @@ def _svg(figure: Figure, all_axes: Sequence[Axes], label: str) -> str:
         axes.tick_params(length=0, labelcolor=MUTED, labelsize=11)
         axes.xaxis.label.set(color=MUTED, size=11)
         axes.yaxis.label.set(color=MUTED, size=11)
-        if len(axes.get_yticks()) > 2:
+        if len(axes.get_yticks()) > 2 and not ordinal:
             axes.yaxis.set_major_locator(MaxNLocator(5))
     buffer = io.StringIO()
     # Text stays text; the salt keeps one chart's definitions from another's, and the same every time.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
+    text = buffer.getvalue()
     for pattern, replacement in (
         (r"\A.*?<svg [^>]*viewBox=\"([^\"]*)\"[^>]*>", rf'<svg viewBox="\1" role="img" aria-label="{label}">'),
         (r"<metadata>.*?</metadata>|<style.*?</style>", ""),
         (r'<g id="[^"]*"', "<g"),  # nothing refers to them, and every chart has the same ones
         (r"font-family: [^;\"]*", "font-family: inherit"),
     ):
-        svg = re.sub(pattern, replacement, svg, flags=re.DOTALL)
+        text = re.sub(pattern, replacement, text, flags=re.DOTALL)
     for colour, variable in _VARIABLES.items():
-        svg = svg.replace(colour, variable)
-    return svg
+        text = text.replace(colour, variable)
+    return text

@@ -63,16 +63,21 @@ class Checkpoints:
         if self.writes:
             patiently(self._delete_unfinished)
         checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            return None
+        return None if checkpoint is None else self._loaded(checkpoint, self.run)
 
+    def read(self, url: str) -> dict[str, Any]:
+        """The state of another run's checkpoint at a URL; raises what `restore` raises."""
+        filesystem, path = storage.arrow_filesystem(url)
+        return self._loaded(Checkpoint(path, filesystem), url)
+
+    def _loaded(self, checkpoint: Checkpoint, run: str) -> dict[str, Any]:
         def loaded() -> Any:
-            with storage.explained(storage.join(self.run, CHECKPOINTS_FOLDER)), checkpoint.as_directory() as folder:
+            with storage.explained(storage.join(run, CHECKPOINTS_FOLDER)), checkpoint.as_directory() as folder:
                 return torch.load(Path(folder) / _STATE_FILE, map_location="cpu", weights_only=True)
 
         state = patiently(loaded)
         if not isinstance(state, dict) or not {"step", "history"} <= state.keys():
-            raise PipelineError(f"{self.run} has checkpoints of another version: start afresh with --new true.")
+            raise PipelineError(f"{run} has checkpoints of another version: start afresh with --new true.")
         return state
 
     def report(self, metrics: dict[str, Any], state: dict[str, Any] | None) -> None:

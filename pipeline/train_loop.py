@@ -48,18 +48,18 @@ def train_worker(job: dict[str, Any]) -> None:
     """Ray Train's entry point on each worker.
 
     Args:
-        job: `config`, a `TrainConfig` with its number of classes set, and `reporter`.
+        job: `config`, a `TrainConfig` with its number of classes set, `reporter` and `start`, as of `training.fit`.
     """
     config: TrainConfig = job["config"]
     if not config.resources.use_gpu:
         torch.set_num_threads(max(1, math.ceil(config.resources.cpus_per_worker)))
-    _Training(config, job["reporter"]).run()
+    _Training(config, job["reporter"], job["start"]).run()
 
 
 class _Training:
     """The state of one worker's training, and its steps in order."""
 
-    def __init__(self, config: TrainConfig, reporter: Reporter) -> None:
+    def __init__(self, config: TrainConfig, reporter: Reporter, start: str | None) -> None:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.config, self.reporter = config, reporter
@@ -92,13 +92,17 @@ class _Training:
         if state is not None:
             self.step.load_state_dict(state["step"])
             self.history = state["history"]
+        elif start is not None:
+            begun = self.checkpoints.read(start)
+            self.step.load_state_dict(begun["step"], settings=False)
+            self.history = begun["history"] | {"trackers": {}}
         self.history["starts"].append({"iteration": self.step.iteration, "workers": self.world_size})
         self.log: RunLog | None = None
         if self.rank == 0:
             self.log = RunLog(config, self.step.iteration, self.history)
         if state is not None:
             self._keep_best_again()
-        self.clock, self.preempted = _Clock(), False
+        self.clock, self.preempted, self.images_per_second = _Clock(), False, None
 
     @property
     def model(self) -> RSSNet:
@@ -188,6 +192,7 @@ class _Training:
         iteration, lr = self.step.iteration, float(self.step.schedule.get_last_lr()[-1])
         rate, waited = self.clock.read()
         rate *= self.config.batch_size
+        self.images_per_second = rate
         self.history["training"].append(
             {
                 "iteration": iteration,
@@ -239,6 +244,7 @@ class _Training:
         if evaluate:
             self._evaluate()
         metrics: dict[str, Any] = {"iteration": self.step.iteration, "loss": loss, "evaluated": evaluate}
+        metrics["images_per_second"] = self.images_per_second
         group = get_current_placement_group()
         if group is not None:  # for who stops this run from outside, and has to free what it holds
             metrics[PLACEMENT_GROUP] = group.id.hex()

@@ -132,15 +132,27 @@ class TrainStep:
         schedule = self.schedule.state_dict()
         return {"model": model, "average": average, "optimizer": optimizer, "schedule": schedule, **counters}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken, with any number of workers; each of them is given the whole state."""
+    def load_state_dict(self, state: dict[str, Any], settings: bool = True) -> None:
+        """Go on where `state_dict` was taken, with any number of workers; each of them is given the whole state.
+
+        Args:
+            settings: whether learning rates, weight decays and the schedule are the state's, too, and not this step's.
+        """
         whole = StateDictOptions(full_state_dict=True)
         set_model_state_dict(self.model, state["model"], options=whole)
-        if state["optimizer"] is not None:
-            set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=whole)
+        optimizer = state["optimizer"]
+        if optimizer is not None:
+            if not settings:
+                own = get_optimizer_state_dict(self.model, self.optimizer, options=whole)
+                optimizer = {**optimizer, "param_groups": own["param_groups"]}
+            set_optimizer_state_dict(self.model, self.optimizer, optimizer, options=whole)
         if self.average is not None:
-            set_model_state_dict(self.average.module, state["average"], options=whole)
-        self.schedule.load_state_dict(state["schedule"])
+            set_model_state_dict(self.average.module, state["average"] or state["model"], options=whole)
+        if settings:
+            self.schedule.load_state_dict(state["schedule"])
+        else:
+            self.schedule.last_epoch = state["iteration"] - 1
+            self.schedule.step()
         for group, lr in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
             group["lr"] = lr
         for name in _COUNTERS:

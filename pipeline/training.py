@@ -77,7 +77,9 @@ class ResourcesConfig:
             each change goes back to the last checkpoint. Without it there are always `workers`.
         parallelism: `ddp` for a whole model on each worker; `fsdp` for its shards, where one GPU cannot hold weights,
             gradients and moments.
-        use_gpu: one GPU for each worker.
+        use_gpu: a GPU for each worker.
+        gpus_per_worker: the share of a GPU that Ray reserves for each worker; below 1, several trials of a sweep share
+            one. They have to share its memory, too.
         cpus_per_worker: CPUs that Ray reserves for each worker; rounded up, its number of threads.
         max_failures: how often a failed worker group is started again from its last checkpoint; not after an error that
             would come again, such as too many steps without a finite gradient.
@@ -89,6 +91,7 @@ class ResourcesConfig:
     min_workers: int | None = None
     parallelism: Parallelism = "ddp"
     use_gpu: bool = False
+    gpus_per_worker: float = 1.0
     cpus_per_worker: float = 1.0
     max_failures: int = 2
     compile: bool = False
@@ -244,20 +247,23 @@ def build_optimizer(
     return optimizer, poly_with_warmup(optimizer, config.iterations, warmup, options.warmup_lr, options.power)
 
 
-def fit(config: TrainConfig, reporter: Reporter, callbacks: Sequence[UserCallback] = ()) -> Result:
+def fit(
+    config: TrainConfig, reporter: Reporter, callbacks: Sequence[UserCallback] = (), start: str | None = None
+) -> Result:
     """Run the training loop on the cluster; goes on from the last checkpoint below `config.run`, if there is one.
 
     Args:
         config: as `completed` returns it.
         reporter: is told iterations and loss.
         callbacks: Ray Train's, called in its controller process.
+        start: URL of another run's checkpoint, whose weights a run that has none of its own begins with.
     """
     from pipeline.train_loop import train_worker  # the loop imports this module for its configuration
 
     outages = 0
     while True:
         try:
-            return _fit(train_worker, config, reporter, [EndForGood(), *callbacks])
+            return _fit(train_worker, config, reporter, [EndForGood(), *callbacks], start)
         except ControllerError as error:
             cause = mendable_cause(error.controller_failure)
             if cause is not None and not isinstance(cause, StorageOutage):
@@ -291,16 +297,17 @@ def _fit(
     config: TrainConfig,
     reporter: Reporter,
     callbacks: Sequence[UserCallback],
+    start: str | None,
 ) -> Result:
     filesystem, path = storage.arrow_filesystem(config.run)
     resources = config.resources
     workers = resources.workers if resources.min_workers is None else (resources.min_workers, resources.workers)
-    per_worker: dict[str, Any] = {"CPU": resources.cpus_per_worker, "GPU": 1}
+    per_worker: dict[str, Any] = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
     if not resources.use_gpu:  # what feeds it runs beside it: an elastic group takes every CPU that there is
         per_worker = {"CPU": resources.cpus_per_worker + FEEDING_CPUS}
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"config": config, "reporter": reporter},
+        train_loop_config={"config": config, "reporter": reporter, "start": start},
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=resources.use_gpu,
@@ -336,7 +343,7 @@ def require_resources(resources: ResourcesConfig, beside: float = 0.0) -> None:
     """
     require_capacity(
         needed_cpus(resources) + beside,
-        resources.fewest_workers if resources.use_gpu else 0,
+        resources.fewest_workers * resources.gpus_per_worker if resources.use_gpu else 0,
         f"{resources.fewest_workers} training workers and the tasks that feed them",
         "lower resources.workers or resources.cpus_per_worker, or set resources.use_gpu false",
     )

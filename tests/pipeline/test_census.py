@@ -1,5 +1,7 @@
 """What is to be segmented, and which rows have had their time: listed and compared on the cluster."""
 
+import io
+import tarfile
 from typing import Any
 
 import pyarrow as pa
@@ -93,12 +95,12 @@ def test_pending_is_what_has_no_row_of_this_model_that_stands(images, out, bucke
 def test_rows_of_other_models_and_of_what_is_gone_are_found(images, out):
     whole = _census(images, out, None)
     assert _keys(whole.superseded("model")) == {("done.jpg", "older", "masks/part-2.parquet")}
-    assert _keys(whole.gone(ImageSource(images))) == {
+    assert _keys(whole.gone(image_sources.resolved(ImageSource(images)))) == {
         ("deleted.jpg", "model", "masks/part-1.parquet"),
         ("überschrieben.jpg", "model", "masks/part-1.parquet"),
         ("deleted too.jpg", "model", "masks/again-1.parquet"),
     }
-    assert _keys(whole.gone(ImageSource(images, include=("del*",)))) == {
+    assert _keys(whole.gone(image_sources.resolved(ImageSource(images, include=("del*",))))) == {
         ("deleted.jpg", "model", "masks/part-1.parquet"),
         ("deleted too.jpg", "model", "masks/again-1.parquet"),
     }
@@ -122,6 +124,40 @@ def test_what_a_manifest_names_twice_is_listed_once(images, bucket):
     pending = _census(manifest, storage.join(bucket, "out"), "model").pending(storage.join(bucket, "work"))
     assert (pending.listed, pending.images) == (2, 2)
     assert sorted(_names(pending)) == ["done.jpg", "new.jpg"]
+
+
+def test_what_was_said_of_a_tar_is_out_of_date_when_its_images_are_listed(bucket):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("a.png"))
+    photos, out = storage.join(bucket, "photos.tar"), storage.join(bucket, "out")
+    storage.write_bytes(photos, buffer.getvalue())
+    row = prediction_row(photos, status="changed")
+    write_table(storage.join(out, mask_store.FOLDER, "again-1.parquet"), prediction_table(row))
+    found = _census(photos, out, "model")
+    assert _keys(found.pending(storage.join(bucket, "work")).outdated) == {
+        ("photos.tar", "model", "masks/again-1.parquet")
+    }
+
+
+@pytest.mark.parametrize(
+    ("source", "uri", "covered"),
+    [
+        (ImageSource("s3://b/in", "prefix"), "s3://b/in/x/a.JPG", True),
+        (ImageSource("s3://b/in", "prefix"), "s3://b/inner/a.jpg", False),
+        (ImageSource("s3://b/in", "prefix"), "s3://b/in/x.tar#a.jpg", False),
+        (ImageSource("s3://b/in", "prefix"), "s3://b/in/.hidden/a.jpg", False),
+        (ImageSource("s3://b/in", "prefix", exclude=("x/*",)), "s3://b/in/x/a.jpg", False),
+        (ImageSource("s3://b/in/a.jpg", "prefix"), "s3://b/in/a.jpg", True),
+        (ImageSource("s3://b/in", "tar"), "s3://b/in/x.TAR#a#1.jpg", True),
+        (ImageSource("s3://b/in", "tar"), "s3://b/in/x.tar", True),
+        (ImageSource("s3://b/in", "tar"), "s3://b/in/a.jpg", False),
+        (ImageSource("s3://b/in/x.tar", "tar"), "s3://b/in/y.tar#a.jpg", False),
+        (ImageSource("s3://b/set", "dataset"), "s3://b/set/train/a", False),
+    ],
+)
+def test_only_what_a_source_would_list_is_covered(source, uri, covered):
+    assert source.covers(uri) == covered
 
 
 def test_an_empty_source_has_nothing_pending(tmp_path):

@@ -207,8 +207,10 @@ def test_an_outage_ends_no_renewals_and_loses_no_lease(tmp_path, monkeypatch):
 def test_a_store_that_cannot_exclude_is_named(tmp_path, monkeypatch, capsys):
     """As one that takes no notice of conditions."""
     swap = documents.compare_and_swap
-    monkeypatch.setattr(
-        documents, "compare_and_swap", lambda url, data, expected: swap(url, data, documents.read_document(url))
-    )
+
+    def overwrite(url: str, data: bytes, expected: Document | None) -> Document:  # noqa: ARG001
+        return swap(url, data, documents.read_document(url))
+
+    monkeypatch.setattr(documents, "compare_and_swap", overwrite)
     with Lease(str(tmp_path), "this", seconds=30):
         assert "has no conditional writes" in capsys.readouterr().out

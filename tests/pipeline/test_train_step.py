@@ -152,6 +152,26 @@ def test_another_process_goes_on_bit_for_bit() -> None:
     assert resumed.iteration == undisturbed.iteration == 4
 
 
+def test_another_setting_can_go_on_with_the_weights_and_moments_but_its_own_learning_rate() -> None:
+    donor = step_of(lr=1e-3)
+    for number in range(3):
+        donor(*batch_of(number))
+    taken = step_of(seed=1, lr=1e-4)
+    taken.load_state_dict(copy.deepcopy(donor.state_dict()), settings=False)
+    assert torch.equal(weights(taken.model), weights(donor.model))
+    assert taken.iteration == 3
+    (group,), (theirs,) = taken.optimizer.param_groups, donor.optimizer.param_groups
+    assert group["lr"] == pytest.approx(1e-4 / 4)
+    assert theirs["lr"] == pytest.approx(1e-3 / 4)
+    assert taken.schedule.get_last_lr() == [group["lr"]]
+    before = weights(taken.model)
+    for step in (donor, taken):
+        step(*batch_of(3))
+    moved, far = (weights(taken.model) - before).norm(), (weights(donor.model) - before).norm()
+    assert float(moved / far) == pytest.approx(0.1, rel=0.02), "the same direction, a tenth as far"
+    assert group["lr"] == pytest.approx(1e-4 / 5)
+
+
 def test_bfloat16_computes_nearly_the_same_with_weights_that_stay_float32() -> None:
     images, labels = batch_of(0)
     full, half = step_of(), step_of(precision="bf16")
