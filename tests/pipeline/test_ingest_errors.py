@@ -19,8 +19,9 @@ from tests.pipeline.labelled_source import (
     write_source,
 )
 
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 
-@pytest.mark.usefixtures("ray_cluster")
+
 def test_too_many_rejects_fail_the_ingest_and_a_mended_source_replaces_it(tmp_path: Path) -> None:
     source, url = tmp_path / "source", str(tmp_path / "dataset")
     write_source(str(source), pairs=5)
@@ -51,7 +52,6 @@ def test_too_many_rejects_fail_the_ingest_and_a_mended_source_replaces_it(tmp_pa
     assert ingest(config) == mended
 
 
-@pytest.mark.usefixtures("ray_cluster")
 def test_a_source_without_a_single_good_pair_fails_whatever_is_tolerated(tmp_path: Path) -> None:
     source, url = tmp_path / "source", str(tmp_path / "dataset")
     write_source(str(source), pairs=1, splits=("train",))
@@ -81,7 +81,6 @@ def test_a_share_that_is_none_is_refused(tmp_path: Path, fraction: float) -> Non
     assert refused(config) == f"max_reject_fraction is {fraction}: give a share from 0 to 1."
 
 
-@pytest.mark.usefixtures("s3")
 @pytest.mark.parametrize(
     ("source", "target", "says"),
     [
@@ -121,7 +120,6 @@ def test_a_place_with_objects_of_others_is_refused_and_left_alone(bucket: str, t
     assert [item.url for item in storage.list_objects(bucket)] == [f"{bucket}/set/holiday.jpg"]
 
 
-@pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("new", [False, True])
 def test_the_place_of_another_workflow_is_refused_and_left_alone(tmp_path: Path, new: bool) -> None:
     source, url = tmp_path / "source", str(tmp_path / "run")
@@ -134,7 +132,6 @@ def test_the_place_of_another_workflow_is_refused_and_left_alone(tmp_path: Path,
     assert storage.read_bytes(storage.join(url, "model/model.safetensors")) == b"weights"
 
 
-@pytest.mark.usefixtures("ray_cluster")
 def test_the_script_says_in_one_line_what_is_wrong_with_the_labels(bucket: str) -> None:
     write_source(storage.join(bucket, "raw"), pairs=2)
     above = label_values(1)

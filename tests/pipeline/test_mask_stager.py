@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import mask_stager, mask_store, masks, storage
@@ -62,6 +62,7 @@ def test_a_task_that_is_repeated_doubles_no_row(store):
     assert ledger.summary.failures == []
 
 
+@settings(max_examples=25)
 @given(tasks=st.lists(st.lists(st.integers(0, 7), min_size=1, max_size=4), max_size=8))
 def test_whatever_tasks_stage_the_first_row_of_each_image_counts(tasks, tmp_path_factory):
     url = str(tmp_path_factory.mktemp("output"))

@@ -20,10 +20,9 @@ BACKBONES = {
 }
 
 
-@pytest.fixture(scope="module")
-def alone_in_a_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    meeting = tmp_path_factory.mktemp("group") / "meeting"
-    torch.distributed.init_process_group("gloo", f"file://{meeting}", rank=0, world_size=1)
+@pytest.fixture
+def alone_in_a_group(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
 
@@ -48,9 +47,9 @@ def test_a_model_in_shards_is_the_same_model(backbone: str, tmp_path: Path) -> N
     assert whole.state_dict().keys() == before.keys()
     for name, value in whole.state_dict().items():
         assert torch.equal(value, before[name])
-    whole.save_pretrained(str(tmp_path))
+    whole.save_pretrained(str(tmp_path / "model"))
     with torch.no_grad():
-        torch.testing.assert_close(RSSNet.from_pretrained(str(tmp_path)).eval()(images).logits, expected)
+        torch.testing.assert_close(RSSNet.from_pretrained(str(tmp_path / "model")).eval()(images).logits, expected)
 
 
 def test_norms_with_shared_statistics_keep_weights_and_activations() -> None:
