@@ -108,16 +108,15 @@ def evaluate(config: EvaluateConfig) -> RunRecord:
     outputs += [CORRUPTIONS_PICTURE] if conditions else []
     outputs += [DIAGNOSTICS_FILE, DIAGNOSTICS_PICTURE] if config.diagnostics else []
     # Nothing goes on from what an unfinished run, perhaps of another configuration, has left here.
-    with record_run(config.out, WORKFLOW, config, inputs, outputs, keep=False) as record:
-        with connected():
-            counts = _evaluate_split(config, data, conditions)
-            scored = [image for image in counts.images if image["pixels"]]
-            if not scored:
-                raise PipelineError(f"No image of the split {config.split!r} of {data.url} has a labelled pixel.")
-            worst = sorted(scored, key=lambda image: (image["miou"], image["image_id"]))[:WORST]
-            _as_task(config, _write_worst, worst)
-            if config.diagnostics:
-                announce(f"  {_as_task(config, _write_diagnostics)}")
+    with connected(), record_run(config.out, WORKFLOW, config, inputs, outputs, keep=False) as record:
+        counts = _evaluate_split(config, data, conditions)
+        scored = [image for image in counts.images if image["pixels"]]
+        if not scored:
+            raise PipelineError(f"No image of the split {config.split!r} of {data.url} has a labelled pixel.")
+        worst = sorted(scored, key=lambda image: (image["miou"], image["image_id"]))[:WORST]
+        _as_task(config, _write_worst, worst)
+        if config.diagnostics:
+            announce(f"  {_as_task(config, _write_diagnostics)}")
         record.counts = {"images": len(counts.images), "pixels": int(counts.confusion.counts.sum())}
         scores = counts.confusion.scores().to_dict()
         record.results = {name: scores[name] for name in ("miou", "macc", "aacc", "fwiou", "mdice")}

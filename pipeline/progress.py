@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from pipeline import metrics
+
 POLL_SECONDS = 0.5
 LINE_SECONDS = 10.0
 
@@ -32,16 +34,20 @@ class _Board:
 
     def __init__(self) -> None:
         self.done: dict[str, float] = collections.defaultdict(float)
+        self.worked = 0.0  # units finished here: not what an earlier run had done, but twice what was done twice
         self.note = ""
 
     def advance(self, part: str, amount: float) -> None:
         self.done[part] += amount
+        self.worked += amount
 
     def set(self, part: str, done: float, note: str) -> None:
+        if part in self.done:
+            self.worked += max(0.0, done - self.done[part])
         self.done[part], self.note = done, note
 
-    def read(self) -> tuple[float, str]:
-        return sum(self.done.values()), self.note
+    def read(self) -> tuple[float, float, str]:
+        return sum(self.done.values()), self.worked, self.note
 
 
 class Reporter:
@@ -64,7 +70,7 @@ class Reporter:
 
 
 class Progress(AbstractContextManager["Progress"]):
-    """Shows `title done/total`, the rate and the time left while a `with` block runs.
+    """Shows `title done/total`, the rate and the time left while a `with` block runs, and tells them to Prometheus.
 
     Args:
         title: what is being done.
@@ -78,9 +84,11 @@ class Progress(AbstractContextManager["Progress"]):
         self.reporter = Reporter(self._board)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._show, name=f"progress-{title}", daemon=True)
+        self._exported = 0.0  # units
         self._first: tuple[float, float] | None = None  # units and time when the first ones were seen to be done
 
     def __enter__(self) -> "Progress":
+        metrics.RUNNING.set(1, stage=self.title)
         self._thread.start()
         return self
 
@@ -89,10 +97,15 @@ class Progress(AbstractContextManager["Progress"]):
     ) -> None:
         self._stop.set()
         self._thread.join(timeout=10)
+        metrics.RUNNING.set(0, stage=self.title)
         ray.kill(self._board)
 
     def _read(self) -> tuple[float, str]:
-        return ray.get(self._board.read.remote(), timeout=30)
+        done, worked, note = ray.get(self._board.read.remote(), timeout=30)
+        metrics.DONE.add(worked - self._exported, stage=self.title, unit=self.unit)
+        self._exported = worked
+        metrics.PROGRESS.set(min(1.0, done / max(1, self.total)), stage=self.title)
+        return done, note
 
     def _show(self) -> None:
         try:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import rssnet
-from pipeline import storage
+from pipeline import metrics, storage
 from pipeline.errors import Overtaken, PipelineError, mendable_cause
 from pipeline.redaction import redacted
 from pipeline.storage_errors import StorageError
@@ -188,10 +188,12 @@ def record_run(
         record.finished, record.seconds = _now(), round(time.monotonic() - begun, 3)
         with suppress(StorageError):  # the failure being raised matters more; the record then stays `running`
             _write(url, record)
+        metrics.run_ended(workflow, record.outcome, record.counts, record.results)
         raise
     record.outcome = "done"
     record.finished, record.seconds = _now(), round(time.monotonic() - begun, 3)
     _write(url, record)
+    metrics.run_ended(workflow, record.outcome, record.counts, record.results)
 
 
 def _reason(error: BaseException) -> str:

@@ -48,6 +48,38 @@ def bucket(s3: None, request: pytest.FixtureRequest) -> str:  # noqa: ARG001
 
 
 @pytest.fixture(scope="session")
+def street_masks(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ARG001
+    """A folder with the `photos` of three street scenes, an untrained `model`, and what it predicts, `masks`."""
+    import torch
+
+    from pipeline.segmentation import SegmentConfig, segment
+    from pipeline.street_scenes import write_street_scenes
+    from rssnet import RSSNet, RSSNetConfig
+
+    folder = tmp_path_factory.mktemp("street")
+    write_street_scenes(folder, train=1, val=1, photos=3, size=(96, 128))
+    torch.manual_seed(0)
+    config = RSSNetConfig(
+        backbone="vit_tiny_patch16_224", backbone_options={"depth": 1}, num_classes=11, image_size=(64, 96)
+    )
+    RSSNet(config).save_pretrained(str(folder / "model"))
+    segment(SegmentConfig(str(folder / "model"), str(folder / "photos"), str(folder / "masks")))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def two_pairs(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> str:  # noqa: ARG001
+    """A canonical dataset of two labelled images."""
+    from pipeline.ingest import IngestConfig, ingest
+    from tests.pipeline.labelled_source import write_source
+
+    folder = tmp_path_factory.mktemp("pairs")
+    write_source(str(folder / "source"), pairs=2)
+    ingest(IngestConfig(str(folder / "source"), str(folder / "set")))
+    return str(folder / "set")
+
+
+@pytest.fixture(scope="session")
 def camvid() -> Path:
     """The CamVid folder; the test is skipped, saying so, where there is none."""
     default = Path(__file__).parents[2] / "shared" / "data" / "camvid"

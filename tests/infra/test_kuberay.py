@@ -96,11 +96,13 @@ def test_ray_is_the_pinned_one_and_images_have_versions(folder: Path) -> None:
     (ray,) = re.findall(r'"ray\[[\w,]+\]==([\d.]+)"', (REPOSITORY / "pyproject.toml").read_text("utf-8"))
     version = re.search(r'__version__ = "(.+)"', (REPOSITORY / "rssnet/__init__.py").read_text("utf-8"))
     assert version
-    for spec in _cluster_specs(folder):
-        assert spec["rayVersion"] == ray
+    (cluster,) = of_kind(folder, "RayCluster")
+    assert cluster["spec"]["rayVersion"] == ray
+    assert all(spec == cluster["spec"] for spec in _cluster_specs(folder)), "a RayJob's cluster is another one"
     images = {container["image"] for manifest in rendered(folder) for container in containers(manifest)}
     assert images
-    for image in images:
+    (moto,) = re.findall(r"^moto==(.*)$", (REPOSITORY / "constraints.txt").read_text("utf-8"), re.MULTILINE)
+    for image in images - {f"motoserver/moto:{moto}"}:
         assert re.fullmatch(rf"(\S+/)?rssnet:{re.escape(version.group(1))}-(cpu|cuda)", image)
 
 
