@@ -35,7 +35,7 @@ def test_the_python_blocks_run(
     compile(job, "README", "exec")  # its places are the reader's own
     exec(reading.replace(MASKS, str(street_masks / "masks")), {})
     assert len(capsys.readouterr().out.strip().splitlines()) == 3
-    exec(counting.replace(MASKS, masks), {})
+    exec(counting.replace(MASKS, str(street_masks / "masks")), {})
     assert "class_pixels" in capsys.readouterr().out
     names: dict[str, object] = {}
     exec(model, names)
