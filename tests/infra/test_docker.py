@@ -59,7 +59,9 @@ def test_both_images_end_as_another_user_than_root_with_a_health_check_of_the_ra
 
 def test_the_image_asks_silent_hosts_as_early_as_the_test_of_a_cut_link_does() -> None:
     source = (REPOSITORY / "tests/workflows/test_several_hosts.py").read_text("utf-8")
-    for name, value in re.findall(r"(RAY_grpc_client_keepalive_\w+)=(\d+)", stages()["runtime"]):
+    settings = re.findall(r"(RAY_grpc_client_keepalive_\w+)=(\d+)", stages()["runtime"])
+    assert len(settings) == 2
+    for name, value in settings:
         assert f'"{name}": "{value}"' in source
 
 
