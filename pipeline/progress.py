@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
@@ -80,7 +81,9 @@ class Progress(AbstractContextManager["Progress"]):
 
     def __init__(self, title: str, total: int, unit: str) -> None:
         self.title, self.total, self.unit = title, total, unit
-        self._board: Any = ray.remote(num_cpus=0)(_Board).remote()
+        # With the driver, for what is shown would end with any other node.
+        here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        self._board: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(_Board).remote()
         self.reporter = Reporter(self._board)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._show, name=f"progress-{title}", daemon=True)

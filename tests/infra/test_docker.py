@@ -57,6 +57,14 @@ def test_both_images_end_as_another_user_than_root_with_a_health_check_of_the_ra
         assert f"COPY --from=packages-{name} " in parts[name]
 
 
+def test_the_image_asks_silent_hosts_as_early_as_the_test_of_a_cut_link_does() -> None:
+    source = (REPOSITORY / "tests/workflows/test_several_hosts.py").read_text("utf-8")
+    settings = re.findall(r"(RAY_grpc_client_keepalive_\w+)=(\d+)", stages()["runtime"])
+    assert len(settings) == 2
+    for name, value in settings:
+        assert f'"{name}": "{value}"' in source
+
+
 def test_every_install_is_held_to_the_pinned_versions() -> None:
     installs = re.findall(r"pip install [^\\\n]+", DOCKERFILE.read_text("utf-8"))
     assert len(installs) == 3
