@@ -19,7 +19,7 @@ from ray.util import get_current_placement_group
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
-from pipeline import dataset, storage
+from pipeline import dataset, metrics, storage
 from pipeline.checkpoints import Checkpoints, best_iterations
 from pipeline.device_batches import DeviceBatch, device_batches
 from pipeline.errors import PipelineError
@@ -191,6 +191,8 @@ class _Training:
             return
         iteration, lr = self.step.iteration, float(self.step.schedule.get_last_lr()[-1])
         rate, waited = self.clock.read()
+        metrics.STEP_SECONDS.set(1 / rate, run=self.config.run)
+        metrics.DATA_WAIT.set(waited, run=self.config.run)
         rate *= self.config.batch_size
         self.images_per_second = rate
         self.history["training"].append(
@@ -273,6 +275,7 @@ class _Training:
         self.history["validation"].append({"iteration": iteration, **found})
         if self.log is None:
             return
+        metrics.SCORE.set(found["miou"], workflow="train", score="miou")
         self.log.add(iteration, {f"validation/{name}": value for name, value in found.items()})
         first = list(islice(self.data.rows(self.config.val_split, COLUMNS), PICTURED))
         self.log.add_pictures(iteration, first, predictor, self.data.classes)
