@@ -50,7 +50,6 @@ ROUND_IMAGES = 1_000_000  # in one execution of Ray Data, whose bookkeeping grow
 MOST_TOGETHER = 32  # images that a task reads
 TASKS_AT_LEAST = 64  # small jobs are still cut into about this many tasks
 BLOCK_BYTES = 16 * 2**20  # a task emits a block once its decoded images exceed this
-TASK_RETRIES = 5  # of images on which the process of the model dies
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,6 @@ def segment(config: SegmentConfig) -> RunRecord:
             min_workers=config.min_workers,
             gpus_per_worker=config.gpus_per_worker,
         )
-        pool["max_task_retries"] = TASK_RETRIES  # by default an image that kills every process is tried for ever
         with MaskStore(config.out, run_id) as store:
             # Listed only now: what the run before this one has found there is to be found, too.
             return _Run(config, model, source, image_sources.parts(source), pool, store, lease).run()
