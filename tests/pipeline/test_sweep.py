@@ -43,7 +43,13 @@ def _held_groups() -> list[str]:
 
 def living_actors() -> list[str]:
     """Those of a sweep: Ray Data keeps some of its own, and Ray Train's cleaner outlives what it cleans up after."""
-    kept = ("_StatsActor", "_AutoscalingCoordinatorActor", "DatasetManager", "PlacementGroupCleaner")
+    kept = (
+        "_StatsActor",
+        "_AutoscalingCoordinatorActor",
+        "ActorLocationTracker",
+        "DatasetManager",
+        "PlacementGroupCleaner",
+    )
     actors = [actor for actor in ray._private.state.actors().values() if actor["State"] == "ALIVE"]  # pyright: ignore
     return [actor["ActorClassName"] for actor in actors if actor["ActorClassName"] not in kept]
 
