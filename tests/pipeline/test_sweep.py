@@ -230,6 +230,7 @@ def test_after_a_killed_driver_the_same_sweep_goes_on_and_runs_no_finished_trial
     await_release()
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 def test_the_best_is_trained_again_with_the_full_schedule(scenes: str, tmp_path: Path) -> None:
     config = config_of(scenes, tmp_path, trials=1, fixed={"iterations": 2}, scheduler="none", retrain=2)
@@ -245,6 +246,7 @@ def test_the_best_is_trained_again_with_the_full_schedule(scenes: str, tmp_path:
     assert sweep(config).run_id == record.run_id
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 def test_a_budget_ends_a_sweep_with_what_it_has(scenes: str, tmp_path: Path) -> None:
     config = config_of(scenes, tmp_path, trials=50, scheduler="none", device_hours=1e-3, concurrent_trials=1)
