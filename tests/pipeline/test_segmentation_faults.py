@@ -108,7 +108,7 @@ def test_a_driver_that_is_killed_at_ten_random_moments(tiny_model, images, undis
     monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
     out, moments = str(tmp_path), random.Random(0)
     done = [0]
-    for _ in range(10):
+    for attempt in range(10):
         driver = _driver(tiny_model, images, out)
         before = storage.read_bytes(storage.join(out, lease.FILE_NAME)) if done[1:] else b""
         while not storage.exists(storage.join(out, lease.FILE_NAME)) or before == storage.read_bytes(
@@ -116,7 +116,10 @@ def test_a_driver_that_is_killed_at_ten_random_moments(tiny_model, images, undis
         ):
             assert driver.poll() is None
             time.sleep(0.02)
-        time.sleep(moments.uniform(0, 10))  # of a run that has the lease: while it lists, segments or commits
+        if attempt % 2:  # half of them while it connects, lists and loads the model, half while it segments and commits
+            while masks.open_masks(out).count_rows() == done[-1] and driver.poll() is None:
+                time.sleep(0.02)
+        time.sleep(moments.uniform(0, 1 if attempt % 2 else 10))
         assert driver.poll() is None, "the run ended before it could be killed"
         driver.send_signal(signal.SIGKILL)
         driver.communicate()
