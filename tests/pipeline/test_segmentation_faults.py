@@ -205,7 +205,8 @@ def test_a_node_that_is_killed_and_replaced(tiny_model, images, undisturbed, tmp
         check=False,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr[-3000:]
-    counts = json.loads(ended.stdout.strip().splitlines()[-1])
+    (line,) = (line for line in ended.stdout.splitlines() if line.startswith('{"killed"'))  # a dying raylet says more
+    counts = json.loads(line)
     assert counts["killed"], "the run ended before the node could be killed"
     assert counts["ok"] == IMAGES
     _same(_content(str(tmp_path), images), undisturbed)
