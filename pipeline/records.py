@@ -19,7 +19,7 @@ from pipeline.images import BadImage
 from pipeline.layouts import CANONICAL, IMAGE_SUFFIXES, Pair, Shard
 from pipeline.read_ahead import ahead
 from pipeline.storage_errors import explanation
-from pipeline.tar_members import members
+from pipeline.tar_members import BadEnd, members
 
 MOST_BYTES = 2**30  # of a file in a tar shard
 FETCHED_AHEAD = 16  # pairs being read while others are decoded
@@ -126,17 +126,22 @@ def _fetched(url: str) -> bytes:
 def _read_tar(shard: Shard) -> Iterator[Record]:
     with storage.open_input(shard.url) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
         key, files = "", list[tuple[str, bytes | BadImage]]()
-        for member in members(archive, stream):
-            path = PurePosixPath(member.name.encode("utf-8", "backslashreplace").decode())  # names may be no UTF-8
-            if member.isdir() or path.name.startswith("."):
-                continue
-            name, _, ending = path.name.partition(".")
-            current = str(path.with_name(name))
-            if current != key and files:
+        try:
+            for member in members(archive, stream):
+                path = PurePosixPath(member.name.encode("utf-8", "backslashreplace").decode())  # names may be no UTF-8
+                if member.isdir() or path.name.startswith("."):
+                    continue
+                name, _, ending = path.name.partition(".")
+                current = str(path.with_name(name))
+                if current != key and files:
+                    yield _sample(shard, key, files)
+                    files = []
+                key = current
+                files.append((ending.lower(), _content(archive, member)))
+        except BadEnd:
+            if files:  # the last sample stands before it, whole
                 yield _sample(shard, key, files)
-                files = []
-            key = current
-            files.append((ending.lower(), _content(archive, member)))
+            raise
         if files:
             yield _sample(shard, key, files)
 

@@ -8,6 +8,10 @@ _BLOCK = 512
 _READ_TOGETHER = 2**20
 
 
+class BadEnd(tarfile.ReadError):
+    """After the last member there is something else than the end of an archive."""
+
+
 def members(archive: tarfile.TarFile, stream: IO[bytes]) -> Iterator[tarfile.TarInfo]:
     """What an archive holds, in its order; the content of each can be read until the next is asked for.
 
@@ -15,7 +19,8 @@ def members(archive: tarfile.TarFile, stream: IO[bytes]) -> Iterator[tarfile.Tar
         archive: opened for reading from `stream`.
 
     Raises:
-        tarfile.TarError: for damage, after all that is before it.
+        BadEnd: after the last member, if the archive does not end there.
+        tarfile.TarError: for other damage, after all that is before it.
     """
     while (member := archive.next()) is not None:
         yield member
@@ -28,8 +33,8 @@ def _require_end(stream: IO[bytes], offset: int) -> None:
     stream.seek(offset)
     rest = stream.read(_BLOCK)
     if len(rest) < _BLOCK:
-        raise tarfile.ReadError("the archive breaks off before its end")
+        raise BadEnd("the archive breaks off before its end")
     while rest:
         if any(rest):
-            raise tarfile.ReadError("the archive is damaged, or another follows its end")
+            raise BadEnd("the archive is damaged, or another follows its end")
         rest = stream.read(_READ_TOGETHER)
