@@ -39,7 +39,7 @@ def local_files(path: str, *, recursive: bool = True) -> Iterator[LocalFile]:
 def folders_in(path: str) -> list[str]:
     """Paths of the folders directly in a folder, sorted, hidden ones left out; links to folders are among them."""
     try:
-        return sorted(entry.path for entry in os.scandir(path) if not entry.name.startswith(".") and entry.is_dir())
+        return sorted(entry.path for entry in os.scandir(path) if not entry.name.startswith(".") and _is_folder(entry))
     except (FileNotFoundError, NotADirectoryError):
         return []
 
@@ -53,7 +53,7 @@ def _below(
     with os.scandir(folder) as entries:
         # A folder's name ends with a slash in all that is below it, which decides the order.
         names = sorted(
-            f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries if not entry.name.startswith(".")
+            f"{entry.name}/" if _is_folder(entry) else entry.name for entry in entries if not entry.name.startswith(".")
         )
     for name in names:
         path = os.path.join(folder, name.rstrip("/"))  # noqa: PTH118 - many of them
@@ -71,6 +71,16 @@ def _file(path: str, status: os.stat_result | None) -> Iterator[LocalFile]:
             yield LocalFile(path, 0, place.lstat().st_mtime)
     elif S_ISREG(status.st_mode):  # to read a pipe, say, would take for ever
         yield LocalFile(path, status.st_size, status.st_mtime)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it leads to a folder; links that lead to each other lead to none."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno not in NOTHING_THERE:
+            raise
+        return False
 
 
 def _status(path: str) -> os.stat_result | None:
