@@ -22,7 +22,7 @@ from pipeline import image_sources, mask_store, storage
 from pipeline.cluster import io_task
 from pipeline.image_sources import LISTED, ImageSource, Part
 from pipeline.masks import OK, PREDICTION_SCHEMA
-from pipeline.parquet_sink import read_table, write_table
+from pipeline.parquet_files import read_table, write_table
 from pipeline.prediction_rows import TRIED_AGAIN
 
 PARTITION_ROWS = 250_000  # images or rows, about 40 MB
@@ -128,9 +128,9 @@ class Census:
     def __init__(self, parts: Sequence[Part], url: str | None, model: str | None) -> None:
         images, self.others = _gathered([_listed.remote(part) for part in parts])
         rows, _ = _gathered([] if url is None else _row_tasks(url, model))
-        self.partitions = max(1, math.ceil(max(_total(images), _total(rows)) / PARTITION_ROWS))
-        self._images = _divided(images, self.partitions)
-        self._rows = _divided(rows, self.partitions)
+        partitions = max(1, math.ceil(max(_total(images), _total(rows)) / PARTITION_ROWS))
+        self._images = _divided(images, partitions)
+        self._rows = _divided(rows, partitions)
 
     def pending(self, folder: str) -> Pending:
         """Compare, and store what is to be segmented below the URL `folder`.
@@ -270,7 +270,7 @@ def _keys(url: str, files: list[str], model: str | None) -> Iterator[Any]:
         found = read_table(file, ROW_KEYS.names[:-1])
         if model is not None:
             found = found.filter(pc.field("model_id") == model)
-        name = pa.repeat(file[len(url) :].lstrip("/"), found.num_rows)
+        name = pa.repeat(mask_store.name_of(url, file), found.num_rows)
         waiting.append(found.append_column("file", name).select(ROW_KEYS.names).cast(ROW_KEYS))
         if sum(table.num_rows for table in waiting) >= PARTITION_ROWS:
             yield from _counted(waiting, ROW_KEYS)

@@ -20,7 +20,7 @@ from pipeline.images import BadImage
 from pipeline.inventory import SHOWN, Selection, read_chunk
 from pipeline.labels import LabelCoding, training_ids
 from pipeline.layouts import Pair, Reject, Shard
-from pipeline.parquet_sink import ROW_GROUP_ROWS, BufferedParquet
+from pipeline.parquet_files import ROW_GROUP_ROWS, BufferedParquet
 from pipeline.progress import Reporter
 from pipeline.records import Record, read_pairs, read_shard
 

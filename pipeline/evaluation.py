@@ -17,7 +17,7 @@ from pipeline.dataset import SegmentationDataset
 from pipeline.diagnostics import diagnosed, diagnostics_document, diagnostics_picture, diagnostics_text
 from pipeline.errors import PipelineError
 from pipeline.evaluation_pictures import confusion_picture, corruption_picture
-from pipeline.parquet_sink import write_table
+from pipeline.parquet_files import write_table
 from pipeline.prediction import (
     InferenceConfig,
     inference_of,

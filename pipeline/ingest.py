@@ -25,7 +25,7 @@ from pipeline.conversion import CONTENT_SCHEMA, ChunkConverter, Tally
 from pipeline.errors import PipelineError, mendable_cause
 from pipeline.inventory import SHOWN, Cut, Inventory, Selection, delete_chunks, has_chunks, take_inventory, write_chunks
 from pipeline.layouts import Reject
-from pipeline.parquet_sink import write_table
+from pipeline.parquet_files import write_table
 from pipeline.progress import Progress, announce
 from pipeline.redaction import redacted
 from pipeline.run_record import (

@@ -18,7 +18,7 @@ from pipeline.census import ROW_KEYS, Rows
 from pipeline.cluster import io_task
 from pipeline.errors import PipelineError
 from pipeline.mask_store import MaskStore, Move
-from pipeline.parquet_sink import read_table, write_table
+from pipeline.parquet_files import read_table, write_table
 
 MERGED_BYTES = 256 * 2**20  # of a file that compaction makes
 MERGED_ROW_GROUP_ROWS = 2048  # of such a file: to read a few columns of it is to take few requests
@@ -105,7 +105,7 @@ def compact(store: MaskStore) -> tuple[int, int]:
     url = store.url
     place = storage.join(url, mask_store.FOLDER)
     small = [
-        (item.url[len(url) :].lstrip("/"), item.size)
+        (mask_store.name_of(url, item.url), item.size)
         for item in storage.list_objects(place)
         if item.url.rpartition("/")[2].startswith(mask_store.STANDING) and item.size < MERGED_BYTES // 2
     ]

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from pipeline import mask_store, storage
 from pipeline.census import PendingFile
 from pipeline.mask_store import MaskStore, Move
-from pipeline.parquet_sink import read_table, write_table
+from pipeline.parquet_files import read_table, write_table
 from pipeline.prediction_rows import NUMBER, TRIED_AGAIN, Summary
 from pipeline.storage_errors import patiently
 
@@ -70,7 +70,7 @@ class Ledger:
 
     Args:
         store: of the output.
-        images: of the run; a bit is kept for each.
+        images: of the run; a byte is kept for each.
     """
 
     def __init__(self, store: MaskStore, images: int) -> None:

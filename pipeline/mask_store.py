@@ -97,6 +97,11 @@ def staged(run_id: str, name: str) -> Move:
     return Move(f"{WORK_FOLDER}/{run_id}/{unique}.parquet", f"{FOLDER}/{name}-{unique}.parquet")
 
 
+def name_of(url: str, file: str) -> str:
+    """The name below an output of a file whose full URL is given."""
+    return file.removeprefix(url.rstrip("/")).lstrip("/")
+
+
 def files(url: str) -> list[str]:
     """The full URLs of the files of rows at an output, as they are between two transactions.
 

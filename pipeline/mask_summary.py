@@ -18,7 +18,7 @@ from pipeline import mask_store, masks, storage
 from pipeline.cluster import io_task
 from pipeline.errors import PipelineError
 from pipeline.figure_png import figure_png
-from pipeline.parquet_sink import read_table, write_table
+from pipeline.parquet_files import read_table, write_table
 from rssnet.classes import Classes
 
 FOLDER = "summary"

@@ -25,7 +25,7 @@ from pipeline.mask_products import (
     prediction_schema,
     simplified,
 )
-from pipeline.parquet_sink import read_table
+from pipeline.parquet_files import read_table
 from pipeline.storage_errors import patiently
 
 SHOWN_FAILURES = 20

@@ -12,18 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import jinja2
 from markupsafe import Markup
 
 from pipeline import charts, storage
 from pipeline.errors import PipelineError
 from pipeline.mask_store import FOLDER
+from pipeline.page import page
 from pipeline.redaction import redacted
 from pipeline.report_pictures import Overlay, css_colour, legend, page_pictures
 from rssnet.classes import Classes
 
 FILE_NAME = "report.html"
-TEMPLATE_FOLDER = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True)
@@ -152,15 +151,9 @@ def write_report(place_url: str, report: Report) -> str:
 
 def render(report: Report) -> str:
     """The report as HTML text; raises what `write_report` raises for unfitting parts."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATE_FOLDER),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"score": _score, "duration": _duration, "url": redacted, "value": _value}
-    return environment.get_template(f"{FILE_NAME}.j2").render(
+    return page(
+        f"{FILE_NAME}.j2",
+        {"score": _score, "duration": _duration, "url": redacted, "value": _value},
         report=report,
         written=datetime.datetime.now(datetime.UTC),
         seconds=math.fsum(stage.seconds or 0 for stage in report.stages),

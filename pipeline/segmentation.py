@@ -236,8 +236,7 @@ class _Run:
             f"{pending.others} other files are passed over"
         )
         if config.new:
-            files = mask_store.files(config.out)
-            self.store.commit(remove=[file[len(config.out) :].lstrip("/") for file in files])
+            self.store.commit(remove=[mask_store.name_of(config.out, file) for file in mask_store.files(config.out)])
         _conclude(record, self.model, self._segmented(pending), pending)
         if config.replace_model or config.prune:
             census = Census(self.parts, config.out, None)

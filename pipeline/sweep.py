@@ -22,7 +22,7 @@ from pipeline.cluster import connected, interruptible
 from pipeline.command_line import WrongCall, read_yaml
 from pipeline.errors import PipelineError
 from pipeline.objectives import Objectives
-from pipeline.parquet_sink import write_table
+from pipeline.parquet_files import write_table
 from pipeline.progress import announce
 from pipeline.retraining import Retrained, retrained
 from pipeline.run_record import RunRecord, finished_record, identity, record_run, refuse_other_work

@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from pipeline import storage, sweep_charts
 from pipeline.importance import importances
 from pipeline.objectives import METRICS, Objectives
+from pipeline.page import page
 from pipeline.redaction import redacted
-from pipeline.report import TEMPLATE_FOLDER
 from pipeline.retraining import Retrained
 from pipeline.search_space import Parameter, SearchSpace
 from pipeline.trial_book import TrialRecord
@@ -73,19 +72,13 @@ def render(
     again: Retrained | None = None,
 ) -> str:
     """The report as HTML text, which loads nothing from anywhere."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATE_FOLDER),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": _number, "value": value_text, "seconds": _seconds, "url": redacted}
     position = objectives.best([trial.metrics for trial in trials])
     best = None if position is None else trials[position]
     front = [trials[position].trial for position in objectives.front([trial.metrics for trial in trials])]
     device = "GPU" if space.config("unused", "unused", {}).resources.use_gpu else "CPU"
-    return environment.get_template("sweep_report.html.j2").render(
+    return page(
+        "sweep_report.html.j2",
+        {"number": _number, "value": value_text, "seconds": _seconds, "url": redacted},
         run=run,
         written=datetime.datetime.now(datetime.UTC),
         objectives=objectives,

@@ -34,7 +34,7 @@ from pipeline.images import encode_png
 from pipeline.ingest import IngestConfig, ingest
 from pipeline.inventory import Cut, Selection, selected_layout
 from pipeline.local_s3 import LocalS3
-from pipeline.parquet_sink import ROW_GROUP_ROWS, BufferedParquet
+from pipeline.parquet_files import ROW_GROUP_ROWS, BufferedParquet
 from pipeline.records import Record
 from tests.benchmarks.machine import describe, results_file
 

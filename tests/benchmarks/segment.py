@@ -34,7 +34,7 @@ from pipeline.cluster import connected
 from pipeline.image_sources import ImageSource
 from pipeline.images import decode_photograph
 from pipeline.local_s3 import LocalS3
-from pipeline.parquet_sink import write_table
+from pipeline.parquet_files import write_table
 from pipeline.prediction import InferenceConfig, load_predictor
 from pipeline.segmentation import SegmentConfig, segment
 from rssnet import RSSNet, RSSNetConfig

@@ -12,7 +12,7 @@ import ray
 from pipeline import census, image_sources, mask_store, storage
 from pipeline.census import Census, Pending, Rows
 from pipeline.image_sources import ImageSource
-from pipeline.parquet_sink import write_table
+from pipeline.parquet_files import write_table
 from tests.pipeline.prediction_table import prediction_row, prediction_table
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

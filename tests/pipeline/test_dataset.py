@@ -15,7 +15,7 @@ from pipeline import dataset, storage
 from pipeline.dataset import SCHEMA, DatasetInfo, SplitInfo
 from pipeline.errors import PipelineError
 from pipeline.images import encode_png
-from pipeline.parquet_sink import ROW_GROUP_ROWS, write_table
+from pipeline.parquet_files import ROW_GROUP_ROWS, write_table
 from tests.pipeline.faulty_s3 import faulty_s3
 
 LABEL = encode_png(np.zeros((2, 3), np.uint8))

@@ -18,7 +18,7 @@ from pipeline import dataset, storage
 from pipeline.images import encode_png
 from pipeline.ingest import IngestConfig, ingest
 from pipeline.inventory import Selection, selected_layout
-from pipeline.parquet_sink import write_table
+from pipeline.parquet_files import write_table
 from pipeline.run_record import read_record
 from tests.pipeline.faulty_s3 import FOREVER, LISTING, Fault, FaultyS3, faulty_s3
 from tests.pipeline.labelled_source import CLASSES, REPOSITORY, label_values, photograph, reject_rows, write_source

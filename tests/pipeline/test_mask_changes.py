@@ -12,7 +12,7 @@ from pipeline.census import ROW_KEYS, Rows
 from pipeline.errors import PipelineError, mendable_cause
 from pipeline.mask_changes import PRUNED_FOLDER, compact, remove_rows
 from pipeline.mask_store import MaskStore
-from pipeline.parquet_sink import write_table
+from pipeline.parquet_files import write_table
 from tests.pipeline.prediction_table import prediction_row, prediction_table
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

@@ -28,7 +28,7 @@ from pipeline.mask_products import (
     simplified,
     without_small_regions,
 )
-from pipeline.parquet_sink import write_table
+from pipeline.parquet_files import write_table
 from rssnet.classes import Classes
 
 CLASSES = Classes(("sky", "road", "car", "tree"), Classes.default(4).palette)

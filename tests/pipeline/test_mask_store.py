@@ -11,7 +11,7 @@ import pytest
 
 from pipeline import documents, mask_store, masks, storage
 from pipeline.mask_store import MaskStore, Move, Overtaken, staged
-from pipeline.parquet_sink import write_table
+from pipeline.parquet_files import write_table
 from pipeline.storage_errors import StorageError
 
 

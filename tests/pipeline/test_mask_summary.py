@@ -9,7 +9,7 @@ from PIL import Image
 
 from pipeline import mask_store, storage
 from pipeline.mask_summary import PLOT_FILE, TABLE_FILE, day_of, keep_classes, prefix_of, summarize
-from pipeline.parquet_sink import write_table
+from pipeline.parquet_files import write_table
 from rssnet.classes import Classes
 from tests.pipeline.prediction_table import PALETTE, prediction_row, prediction_table
 

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as arrays
 from PIL import Image
 
 from pipeline import mask_store, masks, storage
-from pipeline.parquet_sink import write_table
+from pipeline.parquet_files import write_table
 from rssnet.classes import Classes
 
 PALETTE = Classes.default(7).palette

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline import mask_store, masks, storage
 from pipeline.images import encode_png
-from pipeline.parquet_sink import write_table
+from pipeline.parquet_files import write_table
 from pipeline.run_report import OVERLAYS, overlays
 
 PALETTE = ((0, 0, 0), (255, 0, 0))

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pipeline import dataset, storage
 from pipeline.dataset import SCHEMA, Chunk, DatasetInfo, SplitInfo
 from pipeline.images import encode_png
-from pipeline.parquet_sink import write_table
+from pipeline.parquet_files import write_table
 from pipeline.sample_stream import Window, batches_ahead, plan_windows, sample_batches
 from pipeline.transforms import Augmentation, AugmentationConfig
 

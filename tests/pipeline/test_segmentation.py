@@ -32,7 +32,7 @@ from pipeline.image_sources import LISTED, reading
 from pipeline.images import decode_photograph
 from pipeline.lease import Lease
 from pipeline.mask_products import ProductsConfig
-from pipeline.parquet_sink import write_table
+from pipeline.parquet_files import write_table
 from pipeline.prediction import (
     InferenceConfig,
     inference_of,

@@ -12,7 +12,7 @@ import pyarrow as pa
 from pipeline import dataset, storage
 from pipeline.dataset import SCHEMA, DatasetInfo, SplitInfo
 from pipeline.images import encode_png
-from pipeline.parquet_sink import write_table
+from pipeline.parquet_files import write_table
 from pipeline.street_scenes import NAMES, PALETTE, draw_scene
 from pipeline.training import AugmentationConfig, OptimizerConfig, TrainConfig
 from rssnet import RSSNetConfig
