@@ -111,6 +111,24 @@ def _with_defaults(inference: InferenceConfig) -> InferenceConfig:
     )
 
 
+def model_versions(model_url: str) -> tuple[str, ...]:
+    """The versions of a saved model's files, which tell whether it was overwritten without reading it again.
+
+    Raises:
+        PipelineError: if there is no model at `model_url`.
+    """
+    return tuple(_version(model_url, name) for name in (CONFIG, CLASSES, WEIGHTS, _INFERENCE))
+
+
+def _version(model_url: str, name: str) -> str:
+    try:
+        return storage.stat(storage.join(model_url, name)).version
+    except FileNotFoundError as error:
+        if name == _INFERENCE:  # not all have one
+            return ""
+        raise _no_model(model_url, name) from error
+
+
 def _without_usual_windows(model_url: str, inference: InferenceConfig) -> InferenceConfig:
     """The settings without a crop or stride that the model would have anyway."""
     size = json.loads(_model_file(model_url, CONFIG)).get("image_size")
@@ -260,6 +278,8 @@ def _model_file(model_url: str, name: str) -> bytes:
     try:
         return storage.read_bytes(storage.join(model_url, name))
     except FileNotFoundError as error:
-        raise PipelineError(
-            f"There is no model at {model_url} (no {name}): correct the URL, or run workflows/train.py."
-        ) from error
+        raise _no_model(model_url, name) from error
+
+
+def _no_model(model_url: str, name: str) -> PipelineError:
+    return PipelineError(f"There is no model at {model_url} (no {name}): correct the URL, or run workflows/train.py.")

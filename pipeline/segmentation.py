@@ -38,7 +38,7 @@ from pipeline.mask_products import ProductsConfig
 from pipeline.mask_stager import ROWS_PER_FILE, Ledger, MaskStager, in_rounds
 from pipeline.mask_store import MaskStore
 from pipeline.mask_summary import PLOT_FILE, TABLE_FILE, keep_classes, summarize
-from pipeline.prediction import InferenceConfig, model_classes, model_id, predictor_pool
+from pipeline.prediction import InferenceConfig, model_classes, model_id, model_versions, predictor_pool
 from pipeline.prediction_rows import INFERENCE_ERROR, NUMBER, SLICES, MaskEncoder, Summary, read_images
 from pipeline.progress import Progress, announce
 from pipeline.run_record import RunRecord, finished_record, record_run, refuse_other_workflow
@@ -136,6 +136,7 @@ def segment(config: SegmentConfig) -> RunRecord:
     refuse_other_workflow(config.out, WORKFLOW)
     if not config.model:
         return _maintained(config, run_id)
+    versions = model_versions(config.model)  # before the id is made: of what was overwritten since, no worker takes it
     model = model_id(config.model, config.inference, config.products)
     config.products.require(model_classes(config.model).names)
     if config.products.overlays is not None:
@@ -159,7 +160,7 @@ def segment(config: SegmentConfig) -> RunRecord:
         )
         with MaskStore(config.out, run_id) as store:
             # Listed only now: what the run before this one has found there is to be found, too.
-            return _Run(config, model, source, image_sources.parts(source), pool, store, lease).run()
+            return _Run(config, model, versions, source, image_sources.parts(source), pool, store, lease).run()
 
 
 def segment_in_turn(config: SegmentConfig) -> None:
@@ -205,6 +206,7 @@ class _Run:
 
     config: SegmentConfig
     model: str
+    versions: tuple[str, ...]
     source: ImageSource
     parts: list[Part]
     pool: dict[str, Any]
@@ -286,7 +288,7 @@ class _Run:
             .map_batches(read_images, batch_size=1, batch_format="pyarrow", num_cpus=IO_TASK_CPUS)
             .map_batches(
                 Segmenter,
-                fn_constructor_args=(config.model, config.inference, config.products, self.model),
+                fn_constructor_args=(config.model, config.inference, config.products, self.versions),
                 batch_format="pyarrow",
                 **self.pool,
             )

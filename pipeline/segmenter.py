@@ -9,7 +9,7 @@ import torch
 from pipeline import masks
 from pipeline.errors import PipelineError
 from pipeline.mask_products import ProductsConfig
-from pipeline.prediction import InferenceConfig, PredictorActor, model_id
+from pipeline.prediction import InferenceConfig, PredictorActor, model_versions
 from pipeline.prediction_rows import INFERENCE_ERROR, PIXELS, class_maps_schema
 from rssnet.inference import Prediction, Predictor
 
@@ -23,7 +23,7 @@ class Segmenter(PredictorActor):
         model_url: of the saved model.
         inference: how it is applied.
         products: what is made beside the mask.
-        expected: the id that the model had when the run began; None not to look.
+        expected: `model_versions` of when the run began; None not to look.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Segmenter(PredictorActor):
         model_url: str,
         inference: InferenceConfig,
         products: ProductsConfig | None = None,
-        expected: str | None = None,
+        expected: tuple[str, ...] | None = None,
     ) -> None:
         self.products, self.expected = products or ProductsConfig(), expected
         super().__init__(model_url, inference, top_k=max(1, self.products.top_k))
@@ -53,7 +53,7 @@ class Segmenter(PredictorActor):
     def _require_expected(self) -> None:
         """Refuse a model that was overwritten since the run began: its rows would bear the id of the other."""
         self.predictor  # noqa: B018 - loaded first: what is read afterwards has not been older
-        if self.expected not in (None, model_id(self.model_url, self.inference, self.products)):
+        if self.expected is not None and self.expected != model_versions(self.model_url):
             raise PipelineError(f"The model at {self.model_url} was overwritten while it was in use: run again.")
         self.expected = None
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -10,8 +11,9 @@ import torch
 from PIL import Image
 
 from pipeline import masks, storage
+from pipeline.errors import PipelineError
 from pipeline.mask_products import ProductsConfig, overlay_url, prediction_schema, simplified
-from pipeline.prediction import InferenceConfig, load_predictor, model_classes
+from pipeline.prediction import InferenceConfig, load_predictor, model_classes, model_versions
 from pipeline.prediction_rows import CLASS_MAPS, NUMBER, PIXELS, MaskEncoder, class_maps_schema
 from pipeline.segmenter import Segmenter
 
@@ -143,3 +145,16 @@ def test_an_encoder_that_needs_names_refuses_to_be_without():
         MaskEncoder("m", palette, products=ProductsConfig(polygons=True))
     with pytest.raises(ValueError, match="1 class names but 2 colours"):
         MaskEncoder("m", palette, ("sky",))
+
+
+def test_a_model_that_was_overwritten_since_the_run_began_is_refused(tiny_model, tmp_path):
+    """Its rows would bear the id of the other."""
+    model = tmp_path / "model"
+    storage.upload_folder(Path(tiny_model), str(model))
+    versions = model_versions(str(model))
+    batch = batch_of(photographs())
+    Segmenter(str(model), InferenceConfig(), expected=versions)(batch)
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes())
+    with pytest.raises(PipelineError, match="was overwritten while it was in use: run again"):
+        Segmenter(str(model), InferenceConfig(), expected=versions)(batch)
