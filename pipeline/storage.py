@@ -1,6 +1,7 @@
-"""URL to filesystem, atomic writes, listing with versions: the only module that knows one store from another.
+"""URL to filesystem, atomic writes, listing with versions: hides which store is at work from all that use it.
 
-Places, and what they are called, are those of `pipeline.places`.
+Places, and what they are called, are those of `pipeline.places`; what only one kind of store knows lies in
+`pipeline.store_clients`, `pipeline.store_listing`, `pipeline.s3_requests` and `pipeline.local_files`.
 
 What is read in parts (Parquet) and what Ray stores itself (checkpoints) goes through pyarrow's filesystems
 (`arrow_filesystem`), which Ray retries best. Whole objects (images, files written in one step) and listings with ETags
@@ -8,7 +9,6 @@ go through fsspec. Credentials and endpoints come from the environment (`AWS_END
 the cloud's identity.
 """
 
-import functools
 import json
 import os
 import shutil
@@ -19,19 +19,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import fsspec
 import pyarrow.fs as arrow_fs
 
-from pipeline.local_files import folders_in, local_files
 from pipeline.places import absolute as absolute
 from pipeline.places import join as join
 from pipeline.places import printable as printable
 from pipeline.places import split as split
 from pipeline.places import usable_name as usable_name
-from pipeline.s3_requests import first_key, get_object, list_page, put_object_if
-from pipeline.storage_errors import StorageError, no_bucket, patiently
+from pipeline.s3_requests import get_object, put_object_if
+from pipeline.storage_errors import StorageError, no_bucket
 from pipeline.storage_errors import explained as explained
 from pipeline.storage_errors import explained_items as explained_items
+from pipeline.store_clients import client
+from pipeline.store_listing import entries_at, objects_at
 
 UPLOADED_TOGETHER = 32  # files that upload_folder holds in memory
 DELETED_TOGETHER = 16
@@ -75,7 +75,7 @@ def read_bytes(url: str) -> bytes:
     # In one request: s3fs would first ask for the size, and gives up sooner where that is answered with "slow down".
     options = {"max_concurrency": 1} if scheme == "s3" else {}
     with explained(url, absence=False):
-        return _fsspec(scheme).cat_file(path, **options)
+        return client(scheme).cat_file(path, **options)
 
 
 def read_versioned(url: str) -> tuple[bytes, str]:
@@ -103,15 +103,15 @@ def _read_versioned(url: str, start: int = 0, length: int | None = None) -> tupl
     if scheme == "s3":
         bucket, _, key = path.partition("/")
         with explained(url, absence=False):
-            data, etag = get_object(_fsspec(scheme), bucket, key, start, length)
+            data, etag = get_object(client(scheme), bucket, key, start, length)
         return data, _version({"ETag": etag})
     with explained(url, absence=False):
-        client = _fsspec(scheme)
+        filesystem = client(scheme)
         span = {} if length is None else {"start": start, "end": start + length}
         for _ in range(_READINGS):
-            before = _version(client.info(path))
-            data = client.cat_file(path, **span)
-            if _version(client.info(path)) == before:
+            before = _version(filesystem.info(path))
+            data = filesystem.cat_file(path, **span)
+            if _version(filesystem.info(path)) == before:
                 return data, before
     raise StorageError(f"{url} is overwritten again and again while it is read: wait until it is written.")
 
@@ -127,7 +127,7 @@ def open_input(url: str, read_ahead: int | None = None) -> IO[bytes]:
     """
     scheme, path = split(url)
     with explained(url, absence=False):
-        return _fsspec(scheme).open(path, "rb", **({} if read_ahead is None else {"block_size": read_ahead}))
+        return client(scheme).open(path, "rb", **({} if read_ahead is None else {"block_size": read_ahead}))
 
 
 def write_bytes(url: str, data: bytes) -> None:
@@ -138,7 +138,7 @@ def write_bytes(url: str, data: bytes) -> None:
     scheme, path = split(url)
     with explained(url):
         if scheme != "file":
-            _fsspec(scheme).pipe_file(path, data)
+            client(scheme).pipe_file(path, data)
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -172,7 +172,7 @@ def exists(url: str) -> bool:
     scheme, path = split(url)
     try:
         with explained(url, absence=False):
-            _fsspec(scheme).info(path)  # not exists(): that says no where a bucket cannot be reached
+            client(scheme).info(path)  # not exists(): that says no where a bucket cannot be reached
     except FileNotFoundError:
         return False
     return True
@@ -190,7 +190,7 @@ def list_objects(url: str, *, recursive: bool = True) -> Iterator[StoredObject]:
     """
     scheme, path = split(url)
     prefix = f"{scheme}://" if "://" in url else ""
-    found = explained_items(url, _found(scheme, path, recursive))
+    found = explained_items(url, objects_at(scheme, path, recursive))
     for key, info in found:
         below = key[len(path) :]
         if key.endswith("/") or "/." in below or (not below and url.endswith("/") and scheme != "file"):
@@ -225,7 +225,7 @@ def list_level(url: str, most: int) -> Level | None:
     base = f"{url.rstrip('/')}/"
     folders: list[str] = []
     objects: list[StoredObject] = []
-    for name, found in explained_items(url, _entries(scheme, path)):
+    for name, found in explained_items(url, entries_at(scheme, path)):
         if len(folders) + len(objects) >= most:
             return None
         if not name.startswith("."):
@@ -238,71 +238,6 @@ def list_level(url: str, most: int) -> Level | None:
     return Level(objects, sorted(folders))
 
 
-def _found(scheme: str, path: str, recursive: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Paths of objects at or below a path, in order, and what the store says of them."""
-    if scheme == "file":
-        for file in local_files(path, recursive=recursive):
-            yield file.path, {"size": file.size, "mtime": file.mtime}
-    elif scheme == "s3":
-        bucket, _, key = path.partition("/")
-        itself = first_key(_fsspec(scheme), bucket, key) if key else None
-        if itself and itself["Key"] == key:
-            yield path, _s3_info(itself)
-        for page in _s3_pages(path, "" if recursive else "/"):
-            for item in page.get("Contents", []):
-                yield f"{bucket}/{item['Key']}", _s3_info(item)
-    else:
-        found = _fsspec(scheme).find(path, maxdepth=None if recursive else 1, detail=True)
-        for key in sorted(found):
-            if found[key].get("type") != "directory":
-                yield key, found[key]
-
-
-def _entries(scheme: str, path: str) -> Iterator[tuple[str, dict[str, Any] | None]]:
-    """Names directly below a path; those of folders have a slash at the end, and nothing is said of them."""
-    if scheme == "s3":
-        key = path.partition("/")[2]
-        cut = len(key) + 1 if key else 0
-        for page in _s3_pages(path, "/"):
-            for item in page.get("CommonPrefixes", []):
-                yield item["Prefix"][cut:], None
-            for item in page.get("Contents", []):
-                if item["Key"][cut:]:
-                    yield item["Key"][cut:], _s3_info(item)
-    elif scheme == "file":
-        for folder in folders_in(path):
-            yield f"{folder[len(path) :].lstrip('/')}/", None
-        for found, info in _found(scheme, path, False):
-            if found != path:
-                yield found[len(path) :].lstrip("/"), info
-    else:
-        for info in _fsspec(scheme).ls(path, detail=True):
-            name = info["name"][len(path) + 1 :]
-            if name.rstrip("/"):
-                yield (f"{name.rstrip('/')}/", None) if info["type"] == "directory" else (name, info)
-
-
-def _s3_pages(path: str, delimiter: str) -> Iterator[dict[str, Any]]:
-    """The pages of a listing of what is below a path; for all but the first, an outage is waited for."""
-    bucket, _, key = path.partition("/")
-    request: dict[str, Any] = {"prefix": f"{key}/" if key else "", "delimiter": delimiter}
-    page = list_page(_fsspec("s3"), bucket, **request)
-    yield page
-    while page.get("IsTruncated"):
-        token = page["NextContinuationToken"]
-        page = patiently(functools.partial(_next_page, bucket, request, token))
-        yield page
-
-
-def _next_page(bucket: str, request: dict[str, Any], token: str) -> dict[str, Any]:
-    with explained(f"s3://{bucket}/{request['prefix']}"):
-        return list_page(_fsspec("s3"), bucket, **request, token=token)
-
-
-def _s3_info(item: dict[str, Any]) -> dict[str, Any]:
-    return {**item, "size": item["Size"]}
-
-
 def stat(url: str) -> StoredObject:
     """One object as it is now, for telling whether it has changed since it was listed.
 
@@ -312,7 +247,7 @@ def stat(url: str) -> StoredObject:
     """
     scheme, path = split(url)
     with explained(url, absence=False):
-        info = _fsspec(scheme).info(path)
+        info = client(scheme).info(path)
     return StoredObject(url=url, size=int(info["size"] or 0), version=_version(info))
 
 
@@ -331,8 +266,8 @@ def move(source: str, target: str) -> None:
             Path(target_path).parent.mkdir(parents=True, exist_ok=True)
             Path(path).replace(target_path)
         else:
-            _fsspec(scheme).cp_file(path, target_path)
-            _fsspec(scheme).rm_file(path)
+            client(scheme).cp_file(path, target_path)
+            client(scheme).rm_file(path)
 
 
 def put_if(url: str, data: bytes, version: str | None) -> str | None:
@@ -343,7 +278,7 @@ def put_if(url: str, data: bytes, version: str | None) -> str | None:
     """
     bucket, _, key = split(url)[1].partition("/")
     with explained(url):
-        etag = put_object_if(_fsspec("s3"), bucket, key, data, version)
+        etag = put_object_if(client("s3"), bucket, key, data, version)
     return None if etag is None else _version({"ETag": etag})
 
 
@@ -352,7 +287,7 @@ def delete(url: str) -> None:
     scheme, path = split(url)
     with explained(url):
         if scheme != "file":
-            filesystem = _fsspec(scheme)
+            filesystem = client(scheme)
             keys = {*filesystem.find(path), path} - {path.partition("/")[0]}
             with ThreadPoolExecutor(DELETED_TOGETHER) as pool:
                 list(pool.map(filesystem.rm_file, keys))
@@ -377,7 +312,7 @@ def upload_folder(folder: Path, url: str) -> None:
         together = slice(start, start + UPLOADED_TOGETHER)
         pairs = zip(places[together], files[together], strict=True)
         with explained(url):
-            _fsspec(scheme).pipe({split(place)[1]: file.read_bytes() for place, file in pairs})
+            client(scheme).pipe({split(place)[1]: file.read_bytes() for place, file in pairs})
 
 
 def require_bucket(url: str) -> None:
@@ -387,24 +322,9 @@ def require_bucket(url: str) -> None:
         bucket = path.partition("/")[0]
         with explained(url):
             try:
-                _fsspec(scheme).info(bucket)
+                client(scheme).info(bucket)
             except FileNotFoundError as error:
                 raise no_bucket(url) from error
-
-
-def _fsspec(scheme: str) -> Any:
-    # fsspec and s3fs keep the client that they first made. Another endpoint or identity in the environment, and another
-    # process after a fork, need another one.
-    environment = frozenset(item for item in os.environ.items() if item[0].startswith("AWS_"))
-    return _client(scheme, environment, os.getpid())
-
-
-@functools.lru_cache(maxsize=8)
-def _client(scheme: str, environment: frozenset[tuple[str, str]], process: int) -> Any:  # noqa: ARG001 - cache keys
-    try:
-        return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True)
-    except ImportError as error:
-        raise StorageError(f"{scheme}:// needs a package that is not installed: {error}") from error
 
 
 def _version(info: dict[str, Any]) -> str:

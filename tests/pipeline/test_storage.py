@@ -15,7 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import storage
+from pipeline import storage, store_listing
 from pipeline.local_s3 import LocalS3
 from pipeline.storage_errors import StorageError, StorageOutage
 from tests.pipeline.endless_s3 import endless_s3
@@ -181,7 +181,7 @@ def test_a_listing_of_many_pages_is_whole_and_only_what_is_asked_for_is_fetched(
     for number in range(25):
         storage.write_bytes(f"s3://data/pages/{number:02}", b"1")
     pages = []
-    list_page = storage.list_page
+    list_page = store_listing.list_page
 
     def short_page(client: Any, bucket: str, **request: Any) -> dict[str, Any]:
         monkeypatch.setattr(client, "call_s3", functools.partial(call_s3, client, type(client).call_s3))
@@ -191,7 +191,7 @@ def test_a_listing_of_many_pages_is_whole_and_only_what_is_asked_for_is_fetched(
     def call_s3(client: Any, call: Any, method: str, **request: Any) -> Any:
         return call(client, method, **{"MaxKeys": 10} | request)
 
-    monkeypatch.setattr(storage, "list_page", short_page)
+    monkeypatch.setattr(store_listing, "list_page", short_page)
     listing = storage.list_objects("s3://data/pages")
     assert next(listing).url == "s3://data/pages/00"
     assert len(pages) == 1
