@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import masks, storage
+from pipeline.attempts import Watch
 from pipeline.image_sources import CHANGED, MISSING, STORAGE_ERROR, Unread, read
 from pipeline.images import BadImage, decode_photograph, encode_png
 from pipeline.mask_products import (
@@ -31,7 +32,9 @@ from pipeline.storage_errors import patiently
 SHOWN_FAILURES = 20
 
 INFERENCE_ERROR = "inference_error"  # the model fails on this image alone
-TRIED_AGAIN = (STORAGE_ERROR, CHANGED, MISSING, INFERENCE_ERROR)  # the next run replaces such rows by another attempt
+CRASHED = "crashed"  # processes die on it
+# The next run replaces such rows by another attempt.
+TRIED_AGAIN = (STORAGE_ERROR, CHANGED, MISSING, INFERENCE_ERROR, CRASHED)
 NUMBER = "number"  # the column that tells the images of a run apart
 
 SLICES = pa.schema(
@@ -81,25 +84,39 @@ def class_maps_schema(products: ProductsConfig) -> pa.Schema:
     return pa.schema([*CLASS_MAPS, *(item for item in PRODUCT_SOURCES if needed[item.name])])
 
 
-def read_images(batch: pa.Table) -> Iterator[pa.Table]:
-    """Rows of `SLICES` to rows of `PIXELS`, one at a time: an image that cannot be used stays, with its reason."""
-    for part in batch.to_pylist():
-        listed = patiently(lambda url=part["file"]: read_table(url)).slice(part["start"], part["stop"] - part["start"])
-        yield from _pixels(listed.to_pylist(), part[NUMBER])
+@dataclass(frozen=True)
+class ImageReader:
+    """Rows of `SLICES` to rows of `PIXELS`, one at a time: an image that cannot be used stays, with its reason.
+
+    Args:
+        attempts: handle of the actor of `pipeline.attempts`.
+    """
+
+    attempts: Any = None
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        watch = Watch("read", self.attempts)
+        for part in batch.to_pylist():
+            table = patiently(lambda url=part["file"]: read_table(url))
+            rows = table.slice(part["start"], part["stop"] - part["start"]).to_pylist()
+            rows = [{**row, NUMBER: part[NUMBER] + index} for index, row in enumerate(rows)]
+            for positions, wanted in watch.groups([row[NUMBER] for row in rows]):
+                some = [rows[position] for position in positions]
+                found = read(some) if wanted else [Unread(CRASHED, watch.reason)] * len(some)
+                for row, data in zip(some, found, strict=True):
+                    yield pa.Table.from_pylist([_pixels(row, data)], schema=PIXELS)
 
 
-def _pixels(rows: list[dict[str, Any]], number: int) -> Iterator[pa.Table]:
-    """Rows of `LISTED` to rows of `PIXELS`, numbered from `number` on."""
-    for index, (listed, data) in enumerate(zip(rows, read(rows), strict=True)):
-        row = {**listed, NUMBER: number + index, "status": masks.OK, "error": None}
-        try:
-            if isinstance(data, Unread):
-                raise BadImage(data.status, data.error)
-            image = decode_photograph(data)
-            row |= {"height": image.shape[0], "width": image.shape[1], "pixels": image.tobytes()}
-        except BadImage as error:
-            row |= {"status": error.reason, "error": error.detail}
-        yield pa.Table.from_pylist([row], schema=PIXELS)
+def _pixels(listed: dict[str, Any], data: bytes | Unread) -> dict[str, Any]:
+    """A row of `PIXELS` of one of `LISTED` and what was read of it."""
+    if isinstance(data, Unread):
+        return {**listed, "status": data.status, "error": data.error}
+    try:
+        image = decode_photograph(data)
+    except BadImage as error:
+        return {**listed, "status": error.reason, "error": error.detail}
+    height, width, _ = image.shape
+    return {**listed, "height": height, "width": width, "pixels": image.tobytes(), "status": masks.OK, "error": None}
 
 
 @dataclass(frozen=True)
@@ -111,21 +128,29 @@ class MaskEncoder:
         palette: colour of each of its classes.
         names: name of each; needed only for a subset of them and for polygons.
         products: what rows hold beside the mask.
+        attempts: handle of the actor of `pipeline.attempts`.
     """
 
     model: str
     palette: tuple[masks.RGB, ...]
     names: tuple[str, ...] = ()
     products: ProductsConfig = field(default_factory=ProductsConfig)
+    attempts: Any = None
 
     def __post_init__(self) -> None:
         if len(self.names) != len(self.palette) and (self.names or self.products.classes or self.products.polygons):
             raise ValueError(f"{len(self.names)} class names but {len(self.palette)} colours; give one of each.")
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        # Row by row: as Python objects, the arrays of a whole batch would be in memory twice.
-        rows = [self._row(row) for part in range(batch.num_rows) for row in batch.slice(part, 1).to_pylist()]
-        numbers = batch[NUMBER]
+        numbers, rows = batch[NUMBER], []
+        watch = Watch("encode", self.attempts)
+        for positions, wanted in watch.groups(numbers.to_pylist()):
+            for position in positions:
+                # Row by row: as Python objects, the arrays of a whole batch would be in memory twice.
+                (given,) = batch.slice(position, 1).to_pylist()
+                if given["class_map"] is not None and not wanted:
+                    given |= {"class_map": None, "confidence": None, "status": CRASHED, "error": watch.reason}
+                rows.append(self._row(given))
         return pa.Table.from_pylist(rows, schema=prediction_schema(self.products)).append_column(NUMBER, numbers)
 
     def _row(self, given: dict[str, Any]) -> dict[str, Any]:

@@ -8,9 +8,9 @@ What makes a row stand once, whatever is killed:
   `pipeline.mask_stager`). A run that has lost its lease cannot commit any more.
 
 An image that cannot be used is a row that says why, and stays. One that storage did not give, that was overwritten or
-deleted between listing and reading, or that the model failed on, is a row too, but the next run tries it again, and
-replaces the row at its end: whether memory is enough depends on the machine and on settings that leave the model's id
-as it is.
+deleted between listing and reading, that the model failed on, or processes died on (`pipeline.attempts`), is a row too,
+but the next run tries it again, and replaces the row at its end: whether memory is enough depends on the machine and on
+settings that leave the model's id as it is.
 
 The driver holds a byte for each image that is to be segmented, the names of the output's files and of the files of
 pending images: some 100 MB for 100 million images. What the cluster compares is divided (`pipeline.census`).
@@ -28,6 +28,7 @@ import pyarrow as pa
 import ray.data
 
 from pipeline import image_sources, mask_store, masks, storage
+from pipeline.attempts import start_attempts
 from pipeline.census import Census, Pending, PendingFile
 from pipeline.cluster import IO_TASK_CPUS, connected
 from pipeline.errors import PipelineError
@@ -39,7 +40,7 @@ from pipeline.mask_stager import ROWS_PER_FILE, Ledger, MaskStager, in_rounds
 from pipeline.mask_store import MaskStore
 from pipeline.mask_summary import PLOT_FILE, TABLE_FILE, keep_classes, summarize
 from pipeline.prediction import InferenceConfig, model_classes, model_id, model_versions, predictor_pool
-from pipeline.prediction_rows import INFERENCE_ERROR, NUMBER, SLICES, MaskEncoder, Summary, read_images
+from pipeline.prediction_rows import INFERENCE_ERROR, NUMBER, SLICES, ImageReader, MaskEncoder, Summary
 from pipeline.progress import Progress, announce
 from pipeline.run_record import RunRecord, finished_record, record_run, refuse_other_workflow
 from pipeline.segmenter import Segmenter
@@ -262,12 +263,13 @@ class _Run:
         if not pending.images:
             remove_rows(self.store, pending.outdated)
             return ledger.summary
+        attempts = start_attempts()
         together = max(1, min(MOST_TOGETHER, max(self.config.batch_size, pending.images // TASKS_AT_LEAST)))
         with Progress("segment", pending.images, "images") as progress, _small_blocks():
             for again in (False, True):
                 numbered = _numbered(pending.files, again)
                 for files in in_rounds(numbered, ROUND_IMAGES):
-                    for staged in self._staged(_slices(files, together)):
+                    for staged in self._staged(_slices(files, together), attempts):
                         self.lease.require()
                         progress.reporter.advance(ledger.take(staged))
                         if not again:
@@ -279,21 +281,21 @@ class _Run:
             raise AssertionError(f"{ledger.missing} of {pending.images} images have no row: some are lost")
         return ledger.summary
 
-    def _staged(self, slices: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def _staged(self, slices: list[dict[str, Any]], attempts: Any) -> Iterator[dict[str, Any]]:
         """Rows of `STAGED`, as they come to be."""
         config = self.config
         classes = model_classes(config.model)
         found = (
             ray.data.from_arrow([pa.Table.from_pylist([slice], SLICES) for slice in slices])
-            .map_batches(read_images, batch_size=1, batch_format="pyarrow", num_cpus=IO_TASK_CPUS)
+            .map_batches(ImageReader(attempts), batch_size=1, batch_format="pyarrow", num_cpus=IO_TASK_CPUS)
             .map_batches(
                 Segmenter,
-                fn_constructor_args=(config.model, config.inference, config.products, self.versions),
+                fn_constructor_args=(config.model, config.inference, config.products, self.versions, attempts),
                 batch_format="pyarrow",
                 **self.pool,
             )
             .map_batches(
-                MaskEncoder(self.model, classes.palette, classes.names, config.products),
+                MaskEncoder(self.model, classes.palette, classes.names, config.products, attempts),
                 batch_format="pyarrow",
                 num_cpus=IO_TASK_CPUS,
             )

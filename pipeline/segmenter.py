@@ -7,10 +7,11 @@ import pyarrow as pa
 import torch
 
 from pipeline import masks
+from pipeline.attempts import Watch
 from pipeline.errors import PipelineError
 from pipeline.mask_products import ProductsConfig
 from pipeline.prediction import InferenceConfig, PredictorActor, model_versions
-from pipeline.prediction_rows import INFERENCE_ERROR, PIXELS, class_maps_schema
+from pipeline.prediction_rows import CRASHED, INFERENCE_ERROR, NUMBER, PIXELS, class_maps_schema
 from rssnet.inference import Prediction, Predictor
 
 
@@ -24,6 +25,7 @@ class Segmenter(PredictorActor):
         inference: how it is applied.
         products: what is made beside the mask.
         expected: `model_versions` of when the run began; None not to look.
+        attempts: handle of the actor of `pipeline.attempts`.
     """
 
     def __init__(
@@ -32,16 +34,23 @@ class Segmenter(PredictorActor):
         inference: InferenceConfig,
         products: ProductsConfig | None = None,
         expected: tuple[str, ...] | None = None,
+        attempts: Any = None,
     ) -> None:
         self.products, self.expected = products or ProductsConfig(), expected
+        self.watch = Watch("segment", attempts)
         super().__init__(model_url, inference, top_k=max(1, self.products.top_k))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = batch.drop_columns("pixels").to_pylist()
         readable = [index for index, row in enumerate(rows) if row["status"] == masks.OK]
-        if readable:
-            self._require_expected()
-            self._segment(rows, readable, batch["pixels"])
+        for positions, wanted in self.watch.groups([rows[index][NUMBER] for index in readable]):
+            some = [readable[position] for position in positions]
+            if wanted:
+                self._require_expected()
+                self._segment(rows, some, batch["pixels"])
+            else:
+                for index in some:
+                    rows[index] |= {"status": CRASHED, "error": self.watch.reason}
         schema = class_maps_schema(self.products)
         if "pixels" not in schema.names:
             return pa.Table.from_pylist(rows, schema=schema)

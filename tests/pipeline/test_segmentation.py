@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import boto3
 import duckdb
@@ -26,7 +27,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from pipeline import lease, mask_store, mask_summary, masks, storage
+from pipeline import lease, mask_store, mask_summary, masks, prediction_rows, segmentation, storage
 from pipeline.errors import PipelineError
 from pipeline.image_sources import LISTED, reading
 from pipeline.images import decode_photograph
@@ -41,7 +42,7 @@ from pipeline.prediction import (
     model_id,
     write_inference,
 )
-from pipeline.prediction_rows import SLICES, read_images
+from pipeline.prediction_rows import SLICES, ImageReader
 from pipeline.run_record import RunRecord, read_record, record_run
 from pipeline.segmentation import SegmentConfig, segment
 from pipeline.segmenter import Segmenter
@@ -82,7 +83,7 @@ def _read(folder: Path, listed: list[dict[str, str]]) -> pa.Table:
     place = str(folder / ".listed.parquet")
     write_table(place, pa.Table.from_pylist([{**dict.fromkeys(LISTED.names), **row} for row in listed], LISTED))
     slices = [{"file": place, "start": start, "stop": start + 1, "number": start} for start in range(len(listed))]
-    return pa.concat_tables(read_images(pa.Table.from_pylist(slices, SLICES)))
+    return pa.concat_tables(ImageReader()(pa.Table.from_pylist(slices, SLICES)))
 
 
 def _rows(url: str) -> dict[str, dict]:
@@ -303,6 +304,53 @@ def test_an_image_that_the_model_fails_on_costs_no_other_its_mask(tiny_model, tm
     failures[0] = torch.AcceleratorError
     with pytest.raises(torch.AcceleratorError):  # no image's fault: nothing works on that device any more
         segmenter(pixels)
+
+
+@dataclasses.dataclass(frozen=True)
+class _FragileReader(ImageReader):
+    """Reads as ever, but a photograph of one pixel's height ends its process."""
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        def decode(data: bytes) -> np.ndarray:
+            image = decode_photograph(data)
+            if image.shape[0] == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return image
+
+        with mock.patch.object(prediction_rows, "decode_photograph", decode):
+            yield from super().__call__(batch)
+
+
+class _FragileSegmenter(Segmenter):
+    """Segments as ever, but a photograph of two pixels' height ends its process."""
+
+    def _segment(self, rows: list[dict], readable: list[int], pixels: pa.ChunkedArray) -> None:
+        if any(rows[index]["height"] == 2 for index in readable):
+            os.kill(os.getpid(), signal.SIGKILL)
+        super()._segment(rows, readable, pixels)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_image_that_processes_die_on_is_a_row_and_costs_no_other_its_mask(tiny_model, tmp_path, monkeypatch):
+    images, out = tmp_path / "images", str(tmp_path / "out")
+    images.mkdir()
+    for number in range(6):
+        (images / f"{number}.png").write_bytes(_png(number))
+    (images / "2.png").write_bytes(_png(2, height=1))
+    (images / "4.png").write_bytes(_png(4, height=2))
+    with monkeypatch.context() as patched:
+        patched.setattr(segmentation, "ImageReader", _FragileReader)
+        patched.setattr(segmentation, "Segmenter", _FragileSegmenter)
+        record = segment(_config(tiny_model, str(images), out, batch_size=3))
+    assert (record.counts["ok"], record.counts["failed"]) == (4, 2)
+    rows = _rows(out)
+    assert {name for name, row in rows.items() if row["status"] == "ok"} == {"0.png", "1.png", "3.png", "5.png"}
+    assert {name: row["error"] for name, row in rows.items() if row["status"] == "crashed"} == {
+        "2.png": "the process that was to read it died 3 times, as for want of memory",
+        "4.png": "the process that was to segment it died 3 times, as for want of memory",
+    }
+    segment(_config(tiny_model, str(images), out))
+    assert {name: row["status"] for name, row in _rows(out).items()} == {f"{number}.png": "ok" for number in range(6)}
 
 
 @pytest.mark.usefixtures("ray_cluster")
