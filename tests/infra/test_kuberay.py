@@ -11,7 +11,8 @@ import yaml
 
 from pipeline.command_line import WrongCall
 from pipeline.segmentation import SegmentConfig
-from pipeline.training import TrainConfig
+from pipeline.sweep import DRIVER_CPUS, SweepConfig, search_space
+from pipeline.training import TrainConfig, needed_cpus
 from tests.infra.manifests import KUBERAY, Manifest, containers, documents, faults, rendered, strings
 from tests.workflow_calls import REPOSITORY, calls_in, parsed
 
@@ -70,6 +71,12 @@ def test_a_job_fits_the_largest_cluster_that_it_may_make(folder: Path) -> None:
         elif isinstance(config, TrainConfig):
             assert cpus >= config.resources.workers * (config.resources.cpus_per_worker + 1)
             assert gpus >= config.resources.workers * config.resources.use_gpu
+        elif isinstance(config, SweepConfig):
+            space = search_space(config)
+            trial = space.config(config.dataset, config.run, space.default()).resources
+            assert config.concurrent_trials, "places would be counted before there is a worker"
+            assert cpus >= config.concurrent_trials * (needed_cpus(trial) + DRIVER_CPUS)
+            assert gpus >= config.concurrent_trials * trial.workers * trial.gpus_per_worker * trial.use_gpu
 
 
 def _capacity(groups: list[Manifest], resource: str) -> float:
