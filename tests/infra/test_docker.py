@@ -91,6 +91,9 @@ def test_the_local_cluster_is_a_head_without_tasks_two_workers_and_an_s3_server(
     assert worker["deploy"]["replicas"] == 2
     joined = ray_node(shlex.split(worker["command"]))
     assert joined["address"] == f"head:{node['port']}"
+    for service, started in ((head, node), (worker, joined)):  # else Ray would keep objects on the disk
+        assert service["shm_size"] == "1gb"
+        assert started["object_store_memory"] <= 0.8 * 2**30
     assert head["environment"]["AWS_ENDPOINT_URL"] == "http://s3:5000"
     (moto,) = re.findall(r"^moto==(.*)$", (REPOSITORY / "constraints.txt").read_text("utf-8"), re.MULTILINE)
     assert services()["s3"]["image"] == f"motoserver/moto:{moto}"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ray._private.ray_constants import OBJECT_STORE_MINIMUM_MEMORY_BYTES
 
 from pipeline.command_line import WrongCall
 from pipeline.segmentation import SegmentConfig
@@ -171,6 +172,9 @@ def test_clusters_ask_for_a_token_scale_to_nothing_and_have_shared_memory_and_ro
             limits = container["resources"]["limits"]
             assert _gibibytes(volumes["shm"]["sizeLimit"]) <= _gibibytes(limits["memory"]) / 2
             assert _gibibytes(volumes["spill"]["sizeLimit"]) < _gibibytes(limits["ephemeral-storage"])
+            # Else Ray would keep objects on the disk; the rest is for what PyTorch shares between processes.
+            objects = int(group["rayStartParams"]["object-store-memory"]) / 2**30
+            assert OBJECT_STORE_MINIMUM_MEMORY_BYTES / 2**30 < objects <= 0.8 * _gibibytes(volumes["shm"]["sizeLimit"])
 
 
 def _gibibytes(quantity: str) -> float:
