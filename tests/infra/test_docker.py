@@ -4,11 +4,14 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from ray.scripts.scripts import start
 
 from tests.infra.manifests import INFRA
@@ -70,6 +73,16 @@ def test_every_install_is_held_to_the_pinned_versions() -> None:
     assert len(installs) == 3
     assert all("--constraint constraints.txt" in install for install in installs)
     assert re.search(r"^ARG PYTHON=3\.11\.\d+-slim-\w+$", DOCKERFILE.read_text("utf-8"), re.MULTILINE)
+
+
+def test_every_package_that_an_image_may_hold_is_pinned() -> None:
+    constraints = (REPOSITORY / "constraints.txt").read_text("utf-8").splitlines()
+    pinned = {canonicalize_name(line.partition("==")[0]) for line in constraints}
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["project"]
+    (named,) = re.findall(r"# pipeline, and where needed (.+)\nARG EXTRAS=pipeline\n", stages()["packages"])
+    extras = ["pipeline", *named.split(", ")]
+    needed = [*project["dependencies"], *(each for extra in extras for each in project["optional-dependencies"][extra])]
+    assert not [each for each in needed if canonicalize_name(Requirement(each).name) not in pinned]
 
 
 def test_the_image_holds_what_manifests_call_and_nothing_that_is_not_named() -> None:
