@@ -75,7 +75,7 @@ def test_a_job_fits_the_largest_cluster_that_it_may_make(folder: Path) -> None:
         elif isinstance(config, SweepConfig):
             space = search_space(config)
             trial = space.config(config.dataset, config.run, space.default()).resources
-            assert config.concurrent_trials, "places would be counted before there is a worker"
+            assert config.concurrent_trials, "the cluster would grow for one trial only"
             assert cpus >= config.concurrent_trials * (needed_cpus(trial) + DRIVER_CPUS)
             assert gpus >= config.concurrent_trials * trial.workers * trial.gpus_per_worker * trial.use_gpu
 
