@@ -19,9 +19,10 @@ from ray.dashboard.modules.job.cli import submit
 from pipeline import dataset, lease, mask_changes, mask_store, masks, metrics, run_record
 from pipeline.training import TrainConfig
 from rssnet import LossConfig
-from tests.workflow_calls import REPOSITORY, calls_in, parsed
+from tests.workflow_calls import CONFIGS, REPOSITORY, calls_in, parsed
 
 DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
+OF_EVERY_WORKFLOW = {"config", "help", "print_config"}
 TESTED = {"python", "shell", "sql", "yaml"}
 
 
@@ -150,6 +151,23 @@ def test_fields_of_configurations_are_called_what_they_are_called_there(path: Pa
         for part in name.split("."):
             assert part in get_type_hints(kind), f"{path.name} speaks of {name}"
             kind = get_type_hints(kind)[part]
+
+
+@pytest.mark.parametrize("path", [*DOCS, REPOSITORY / "README.md"], ids=lambda path: path.stem)
+def test_flags_are_called_what_workflows_call_them(path: Path) -> None:
+    known = OF_EVERY_WORKFLOW.union(*(_flags(kind) for kind in CONFIGS.values()))
+    prose = re.sub(r"```.*?```", "", path.read_text("utf-8"), flags=re.DOTALL)
+    for code in re.findall(r"`([^`\n]+)`", prose):
+        for flag in re.findall(r"(?<!\S)--([\w.]+)(?![\w-])", code):
+            assert flag in known, f"{path.name} speaks of --{flag}"
+
+
+def _flags(kind: type, prefix: str = "") -> Iterator[str]:
+    for name, hint in get_type_hints(kind).items():
+        yield prefix + name
+        if dataclasses.is_dataclass(hint):
+            assert isinstance(hint, type)
+            yield from _flags(hint, f"{prefix}{name}.")
 
 
 def test_every_message_that_is_explained_is_one_that_is_said() -> None:
