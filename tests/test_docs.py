@@ -3,8 +3,10 @@
 import ast
 import dataclasses
 import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +16,13 @@ import duckdb
 import pyarrow as pa
 import pytest
 import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.dashboard.modules.job.cli import submit
 
 from pipeline import dataset, lease, mask_changes, mask_store, masks, metrics, run_record
 from pipeline.training import TrainConfig
 from rssnet import LossConfig
+from tests.infra.manifests import rendered
 from tests.workflow_calls import CONFIGS, REPOSITORY, calls_in, parsed
 
 DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
@@ -97,6 +101,27 @@ def _at(places: dict[str, str], block: str) -> str:
         block = block.replace(url, place)
     assert "s3://" not in block
     return block
+
+
+def test_the_steps_leave_no_name_of_an_example_in_what_is_sent(tmp_path: Path) -> None:
+    """The lines that set names, run on a copy; what they make is still what Kubernetes and Ray accept."""
+    shutil.copytree(REPOSITORY / "infra", tmp_path / "infra")
+    lines = [line for block in blocks("shell", "deployment") for line in block.splitlines()]
+    edits = [line for line in lines if "sed -i" in line or ">> infra/" in line]
+    assert len(edits) >= 7
+    names = {"PROJECT": "mine", "PREFIX": "acme", "ACCOUNT": "42", "REPOSITORY": "images.example/rssnet"}
+    environment = os.environ | names | {"KUBECONFIG": "/dev/null"}  # no cluster to ask, so none with an operator
+    subprocess.run(["bash", "-ec", "\n".join(edits)], cwd=tmp_path, env=environment, check=True, timeout=120)
+    launcher = yaml.safe_load((tmp_path / "infra/cloud/aws.yaml").read_text("utf-8"))
+    validate_config(prepare_config(launcher))
+    policies = "".join(path.read_text("utf-8") for path in (tmp_path / "infra/policies").glob("*.json"))
+    manifests = [*rendered(tmp_path / "infra/kuberay/overlays/gke"), *rendered(tmp_path / "infra/kuberay/overlays/eks")]
+    assert {"PodMonitor", "PrometheusRule"}.isdisjoint(each["kind"] for each in manifests)
+    sent = policies + yaml.safe_dump(launcher) + yaml.safe_dump_all(manifests)
+    for example in ("registry.example.com", "PROJECT", "111122223333", *re.findall(r"(?:://|:::)rssnet-", sent)):
+        assert example not in sent
+    for place in ("gs://acme-photos", "s3://acme-photos", "s3:::acme-photos", "images.example/rssnet"):
+        assert place in sent
 
 
 def test_the_overlay_with_a_ray_cron_job_names_what_there_is() -> None:
