@@ -19,7 +19,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.dashboard.modules.job.cli import submit
 
-from pipeline import dataset, lease, mask_changes, mask_store, masks, metrics, run_record
+from pipeline import dataset, lease, mask_changes, mask_store, masks, metrics, run_record, storage
 from pipeline.training import TrainConfig
 from rssnet import LossConfig
 from tests.infra.manifests import rendered
@@ -122,6 +122,29 @@ def test_the_steps_leave_no_name_of_an_example_in_what_is_sent(tmp_path: Path) -
         assert example not in sent
     for place in ("gs://acme-photos", "s3://acme-photos", "s3:::acme-photos", "images.example/rssnet"):
         assert place in sent
+
+
+def test_the_lines_of_python_bring_images_and_read_masks(
+    bucket: str, street_masks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scripts = [
+        script for block in blocks("shell", "deployment") for script in re.findall(r'python -c "([^"]+)"', block)
+    ]
+    bring = [script for script in scripts if "upload_folder" in script]
+    read = [script for script in scripts if "read_masks" in script]
+    assert len(bring) == 2
+    assert len(read) == 3
+    for part in ("labelled", "photos"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / f"{part}.txt").write_text(part)
+    for number, script in enumerate(bring):
+        local = re.sub("/tmp/scenes|demo-output/s3/street-scenes", str(tmp_path), script)
+        exec(local.replace("s3://", f"{bucket}/{number}/"), {})
+        assert storage.read_bytes(f"{bucket}/{number}/rssnet-raw/scenes/labelled.txt") == b"labelled"
+        assert storage.read_bytes(f"{bucket}/{number}/rssnet-photos/incoming/photos.txt") == b"photos"
+    for script in read:
+        exec(re.sub(r"\w+://\S+-masks/incoming", str(street_masks / "masks"), script), {})
+        assert capsys.readouterr().out.count("'status': 'ok'") == 3
 
 
 def test_the_overlay_with_a_ray_cron_job_names_what_there_is() -> None:
