@@ -74,12 +74,13 @@ gpu:
 	@if $(PYTHON) -c 'import ray'; then $(PYTHON) -m tests.benchmarks.train --device cuda --data '$(DATA)'; fi
 	@if $(PYTHON) -c 'import ray, moto'; then $(PYTHON) -m tests.benchmarks.segment --device cuda --parts speed; fi
 
-# Known vulnerabilities of the pinned versions, and licences: asks a public database, so it is not in `make test`.
+# Known vulnerabilities of the pinned versions, and licences: asks a public database, so it is not in `make test`. Strict,
+# for else it passes where it cannot ask.
 audit: install
 	$(PYTHON) -m venv .venv-audit
 	.venv-audit/bin/python -m pip install --quiet pip-audit==2.10.1 pip-licenses==5.5.5
 	.venv-audit/bin/pip-licenses --python=$(BIN)/python --order=license
-	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+	.venv-audit/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
 clean:
 	rm -rf .venv .venv-audit demo-output build *.egg-info .pytest_cache .ruff_cache .hypothesis

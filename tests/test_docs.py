@@ -3,8 +3,10 @@
 import ast
 import dataclasses
 import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,14 +16,17 @@ import duckdb
 import pyarrow as pa
 import pytest
 import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.dashboard.modules.job.cli import submit
 
-from pipeline import dataset, lease, mask_changes, mask_store, masks, metrics, run_record
+from pipeline import dataset, lease, mask_changes, mask_store, masks, metrics, run_record, storage
 from pipeline.training import TrainConfig
 from rssnet import LossConfig
-from tests.workflow_calls import REPOSITORY, calls_in, parsed
+from tests.infra.manifests import rendered
+from tests.workflow_calls import CONFIGS, REPOSITORY, calls_in, parsed
 
 DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
+OF_EVERY_WORKFLOW = {"config", "help", "print_config"}
 TESTED = {"python", "shell", "sql", "yaml"}
 
 
@@ -98,6 +103,50 @@ def _at(places: dict[str, str], block: str) -> str:
     return block
 
 
+def test_the_steps_leave_no_name_of_an_example_in_what_is_sent(tmp_path: Path) -> None:
+    """The lines that set names, run on a copy; what they make is still what Kubernetes and Ray accept."""
+    shutil.copytree(REPOSITORY / "infra", tmp_path / "infra")
+    lines = [line for block in blocks("shell", "deployment") for line in block.splitlines()]
+    edits = [line for line in lines if "sed -i" in line or ">> infra/" in line]
+    assert len(edits) >= 7
+    names = {"PROJECT": "mine", "PREFIX": "acme", "ACCOUNT": "42", "REPOSITORY": "images.example/rssnet"}
+    environment = os.environ | names | {"KUBECONFIG": "/dev/null"}  # no cluster to ask, so none with an operator
+    subprocess.run(["bash", "-ec", "\n".join(edits)], cwd=tmp_path, env=environment, check=True, timeout=120)
+    launcher = yaml.safe_load((tmp_path / "infra/cloud/aws.yaml").read_text("utf-8"))
+    validate_config(prepare_config(launcher))
+    policies = "".join(path.read_text("utf-8") for path in (tmp_path / "infra/policies").glob("*.json"))
+    manifests = [*rendered(tmp_path / "infra/kuberay/overlays/gke"), *rendered(tmp_path / "infra/kuberay/overlays/eks")]
+    assert {"PodMonitor", "PrometheusRule"}.isdisjoint(each["kind"] for each in manifests)
+    sent = policies + yaml.safe_dump(launcher) + yaml.safe_dump_all(manifests)
+    for example in ("registry.example.com", "PROJECT", "111122223333", *re.findall(r"(?:://|:::)rssnet-", sent)):
+        assert example not in sent
+    for place in ("gs://acme-photos", "s3://acme-photos", "s3:::acme-photos", "images.example/rssnet"):
+        assert place in sent
+
+
+def test_the_lines_of_python_bring_images_and_read_masks(
+    bucket: str, street_masks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scripts = [
+        script for block in blocks("shell", "deployment") for script in re.findall(r'python -c "([^"]+)"', block)
+    ]
+    bring = [script for script in scripts if "upload_folder" in script]
+    read = [script for script in scripts if "read_masks" in script]
+    assert len(bring) == 2
+    assert len(read) == 3
+    for part in ("labelled", "photos"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / f"{part}.txt").write_text(part)
+    for number, script in enumerate(bring):
+        local = re.sub("/tmp/scenes|demo-output/s3/street-scenes", str(tmp_path), script)
+        exec(local.replace("s3://", f"{bucket}/{number}/"), {})
+        assert storage.read_bytes(f"{bucket}/{number}/rssnet-raw/scenes/labelled.txt") == b"labelled"
+        assert storage.read_bytes(f"{bucket}/{number}/rssnet-photos/incoming/photos.txt") == b"photos"
+    for script in read:
+        exec(re.sub(r"\w+://\S+-masks/incoming", str(street_masks / "masks"), script), {})
+        assert capsys.readouterr().out.count("'status': 'ok'") == 3
+
+
 def test_the_overlay_with_a_ray_cron_job_names_what_there_is() -> None:
     (block,) = blocks("yaml", "deployment")
     kustomization = yaml.safe_load(block)
@@ -150,6 +199,23 @@ def test_fields_of_configurations_are_called_what_they_are_called_there(path: Pa
         for part in name.split("."):
             assert part in get_type_hints(kind), f"{path.name} speaks of {name}"
             kind = get_type_hints(kind)[part]
+
+
+@pytest.mark.parametrize("path", [*DOCS, REPOSITORY / "README.md"], ids=lambda path: path.stem)
+def test_flags_are_called_what_workflows_call_them(path: Path) -> None:
+    known = OF_EVERY_WORKFLOW.union(*(_flags(kind) for kind in CONFIGS.values()))
+    prose = re.sub(r"```.*?```", "", path.read_text("utf-8"), flags=re.DOTALL)
+    for code in re.findall(r"`([^`\n]+)`", prose):
+        for flag in re.findall(r"(?<!\S)--([\w.]+)(?![\w-])", code):
+            assert flag in known, f"{path.name} speaks of --{flag}"
+
+
+def _flags(kind: type, prefix: str = "") -> Iterator[str]:
+    for name, hint in get_type_hints(kind).items():
+        yield prefix + name
+        if dataclasses.is_dataclass(hint):
+            assert isinstance(hint, type)
+            yield from _flags(hint, f"{prefix}{name}.")
 
 
 def test_every_message_that_is_explained_is_one_that_is_said() -> None:

@@ -2,10 +2,11 @@
 
     python run_rayjob.py segment
 
-It runs in the pod of a Kubernetes Job, which a CronJob makes every night. The copy bears the Job's name, so that a
-second pod of the same Job watches what the first one has started, and belongs to the Job, with which Kubernetes deletes
-it. Exit code 0 means that the RayJob has succeeded, 1 anything else. The pod's account needs `create` and `get` of
-rayjobs, and nothing else.
+It runs in the pod of a Kubernetes Job, which a CronJob makes every night. The copy's name is made of the Job's, so that
+a second pod of the same Job watches what the first one has started, but is another one: KubeRay makes a Job with the
+RayJob's own name, the submitter, and takes one that is there already for it. The copy belongs to the Job of the night,
+with which Kubernetes deletes it. Exit code 0 means that the RayJob has succeeded, 1 anything else. The pod's account
+needs `create` and `get` of rayjobs, and nothing else.
 """
 
 import os
@@ -67,12 +68,12 @@ class RayJobs:
 
 
 def copied(template: dict[str, Any], job_name: str, job_uid: str) -> dict[str, Any]:
-    """A RayJob like the template that starts at once, and is deleted with the Job of that name."""
+    """A RayJob like the template that starts at once, by a name of its own, and is deleted with that Job."""
     return {
         "apiVersion": template["apiVersion"],
         "kind": template["kind"],
         "metadata": {
-            "name": job_name,
+            "name": f"{job_name}-run",
             "labels": template["metadata"].get("labels", {}),
             "ownerReferences": [{"apiVersion": "batch/v1", "kind": "Job", "name": job_name, "uid": job_uid}],
         },
@@ -82,16 +83,18 @@ def copied(template: dict[str, Any], job_name: str, job_uid: str) -> dict[str, A
 
 def run(rayjobs: RayJobs, template: str, job_name: str, job_uid: str, poll_seconds: float = POLL_SECONDS) -> bool:
     """Start the copy, or find the one that is there, and wait until it ends; whether it has succeeded."""
-    if rayjobs.create(copied(rayjobs.get(template), job_name, job_uid)):
-        print(f"RayJob {job_name} is started, as a copy of {template}", flush=True)
+    rayjob = copied(rayjobs.get(template), job_name, job_uid)
+    name = rayjob["metadata"]["name"]
+    if rayjobs.create(rayjob):
+        print(f"RayJob {name} is started, as a copy of {template}", flush=True)
     else:
-        print(f"RayJob {job_name} is there already", flush=True)
+        print(f"RayJob {name} is there already", flush=True)
     said = None
     while True:
-        status = rayjobs.get(job_name).get("status", {})
+        status = rayjobs.get(name).get("status", {})
         now = status.get("jobDeploymentStatus", ""), status.get("jobStatus", ""), status.get("message", "")
         if now != said:
-            print(f"RayJob {job_name}: {', '.join(part for part in now if part) or 'waiting'}", flush=True)
+            print(f"RayJob {name}: {', '.join(part for part in now if part) or 'waiting'}", flush=True)
             said = now
         if now[0] in ENDED:
             return now[:2] == ("Complete", "SUCCEEDED")

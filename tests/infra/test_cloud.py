@@ -67,7 +67,24 @@ def test_nodes_are_started_by_commands_that_ray_accepts_behind_a_token(path: Pat
 def test_machines_of_aws_do_not_give_their_keys_to_whoever_asks_once() -> None:
     for kind in launcher(INFRA / "cloud" / "aws.yaml")["available_node_types"].values():
         assert kind["node_config"]["MetadataOptions"]["HttpTokens"] == "required"
-        assert kind["node_config"]["IamInstanceProfile"]["Name"].startswith("rssnet-")
+
+
+def test_each_machine_of_aws_has_a_profile_whose_policies_are_told_and_the_head_may_give_workers_theirs() -> None:
+    config = launcher(INFRA / "cloud" / "aws.yaml")
+    for name, kind in config["available_node_types"].items():
+        role = "rssnet-head" if name == config["head_node_type"] else "rssnet-worker"
+        assert kind["node_config"]["IamInstanceProfile"] == {"Name": role}
+    policy = json.loads((INFRA / "policies" / "aws-head.json").read_text("utf-8"))
+    (passes,) = (statement for statement in policy["Statement"] if statement["Action"] == "iam:PassRole")
+    assert passes["Resource"] == "arn:aws:iam::*:role/rssnet-worker"
+    told = (INFRA / "cloud" / "aws.yaml").read_text("utf-8").partition("cluster_name")[0]
+    assert all(path.name in told for path in POLICIES)
+
+
+def test_only_machines_take_the_roles_of_the_launcher() -> None:
+    (statement,) = json.loads((INFRA / "policies" / "trust-ec2.json").read_text("utf-8"))["Statement"]
+    assert statement["Principal"] == {"Service": "ec2.amazonaws.com"}
+    assert statement["Action"] == "sts:AssumeRole"
 
 
 @pytest.mark.parametrize("path", POLICIES, ids=lambda path: path.stem)

@@ -4,11 +4,14 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from ray.scripts.scripts import start
 
 from tests.infra.manifests import INFRA
@@ -72,6 +75,16 @@ def test_every_install_is_held_to_the_pinned_versions() -> None:
     assert re.search(r"^ARG PYTHON=3\.11\.\d+-slim-\w+$", DOCKERFILE.read_text("utf-8"), re.MULTILINE)
 
 
+def test_every_package_that_an_image_may_hold_is_pinned() -> None:
+    constraints = (REPOSITORY / "constraints.txt").read_text("utf-8").splitlines()
+    pinned = {canonicalize_name(line.partition("==")[0]) for line in constraints}
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["project"]
+    (named,) = re.findall(r"# pipeline, and where needed (.+)\nARG EXTRAS=pipeline\n", stages()["packages"])
+    extras = ["pipeline", *named.split(", ")]
+    needed = [*project["dependencies"], *(each for extra in extras for each in project["optional-dependencies"][extra])]
+    assert not [each for each in needed if canonicalize_name(Requirement(each).name) not in pinned]
+
+
 def test_the_image_holds_what_manifests_call_and_nothing_that_is_not_named() -> None:
     ignored = (INFRA / "docker" / "Dockerfile.dockerignore").read_text("utf-8").splitlines()
     kept = [line.removeprefix("!") for line in ignored if line.startswith("!")]
@@ -91,6 +104,9 @@ def test_the_local_cluster_is_a_head_without_tasks_two_workers_and_an_s3_server(
     assert worker["deploy"]["replicas"] == 2
     joined = ray_node(shlex.split(worker["command"]))
     assert joined["address"] == f"head:{node['port']}"
+    for service, started in ((head, node), (worker, joined)):  # else Ray would keep objects on the disk
+        assert service["shm_size"] == "1gb"
+        assert started["object_store_memory"] <= 0.8 * 2**30
     assert head["environment"]["AWS_ENDPOINT_URL"] == "http://s3:5000"
     (moto,) = re.findall(r"^moto==(.*)$", (REPOSITORY / "constraints.txt").read_text("utf-8"), re.MULTILINE)
     assert services()["s3"]["image"] == f"motoserver/moto:{moto}"

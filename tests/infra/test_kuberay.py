@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import yaml
+from ray._private.ray_constants import OBJECT_STORE_MINIMUM_MEMORY_BYTES
 
 from pipeline.command_line import WrongCall
 from pipeline.segmentation import SegmentConfig
-from pipeline.training import TrainConfig
+from pipeline.sweep import DRIVER_CPUS, SweepConfig, search_space
+from pipeline.training import TrainConfig, needed_cpus
 from tests.infra.manifests import KUBERAY, Manifest, containers, documents, faults, rendered, strings
 from tests.workflow_calls import REPOSITORY, calls_in, parsed
 
@@ -70,6 +72,12 @@ def test_a_job_fits_the_largest_cluster_that_it_may_make(folder: Path) -> None:
         elif isinstance(config, TrainConfig):
             assert cpus >= config.resources.workers * (config.resources.cpus_per_worker + 1)
             assert gpus >= config.resources.workers * config.resources.use_gpu
+        elif isinstance(config, SweepConfig):
+            space = search_space(config)
+            trial = space.config(config.dataset, config.run, space.default()).resources
+            assert config.concurrent_trials, "the cluster would grow for one trial only"
+            assert cpus >= config.concurrent_trials * (needed_cpus(trial) + DRIVER_CPUS)
+            assert gpus >= config.concurrent_trials * trial.workers * trial.gpus_per_worker * trial.use_gpu
 
 
 def _capacity(groups: list[Manifest], resource: str) -> float:
@@ -164,6 +172,9 @@ def test_clusters_ask_for_a_token_scale_to_nothing_and_have_shared_memory_and_ro
             limits = container["resources"]["limits"]
             assert _gibibytes(volumes["shm"]["sizeLimit"]) <= _gibibytes(limits["memory"]) / 2
             assert _gibibytes(volumes["spill"]["sizeLimit"]) < _gibibytes(limits["ephemeral-storage"])
+            # Else Ray would keep objects on the disk; the rest is for what PyTorch shares between processes.
+            objects = int(group["rayStartParams"]["object-store-memory"]) / 2**30
+            assert OBJECT_STORE_MINIMUM_MEMORY_BYTES / 2**30 < objects <= 0.8 * _gibibytes(volumes["shm"]["sizeLimit"])
 
 
 def _gibibytes(quantity: str) -> float:

@@ -19,7 +19,7 @@ DASHBOARD = json.loads((INFRA / "monitoring" / "dashboard.json").read_text("utf-
 ALERTS = [rule for group in RULES["groups"] for rule in group["rules"]]
 # Metrics of kube-state-metrics, and the labels that are used of them.
 OF_KUBERNETES = {
-    "kube_job_status_failed": {"job_name"},
+    "kube_job_failed": {"job_name", "condition"},
     "kube_cronjob_status_last_successful_time": {"cronjob"},
 }
 # Of Ray's own metrics: the labels used, beside those that every one has.
@@ -91,6 +91,14 @@ def test_alerts_say_what_happened_and_what_to_do() -> None:
         kept = re.findall(r"\b(?:by|on) \(([\w, ]+)\)", alert["expr"])
         for label in re.findall(r"\$labels\.(\w+)", alert["annotations"]["summary"]):
             assert any(label in group for group in kept), f"{alert['alert']} has no label {label}"
+
+
+def test_a_failed_night_is_told_by_the_job_of_the_night_and_not_by_the_one_that_submits_it() -> None:
+    """KubeRay tries a submitter that has failed again, which is no failed night yet."""
+    (expression,) = (alert["expr"] for alert in ALERTS if alert["alert"] == "NightFailed")
+    (pattern,) = re.findall(r'job_name=~"([^"]+)"', expression)
+    assert re.fullmatch(pattern, "nightly-29380935")
+    assert not re.fullmatch(pattern, "nightly-29380935-run")
 
 
 def test_kubernetes_has_the_same_alerts_and_finds_the_port_of_the_metrics() -> None:

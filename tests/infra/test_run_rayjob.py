@@ -70,10 +70,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(None)
         elif name in self.api.rayjobs:
             self._answer({"reason": "AlreadyExists"}, 409)
-        elif self._answer(body, 201):
-            self.api.rayjobs[name] = body
+        else:
+            self._answer(body, 201)
 
-    def _answer(self, body: dict[str, Any] | None, code: int = 200) -> bool:
+    def _answer(self, body: dict[str, Any] | None, code: int = 200) -> None:
         self.api.asked.append(f"{self.command} {self.path.removeprefix(PATH)}")
         well = not self.api.broken and self.headers["Authorization"] == "Bearer secret-token"
         if self.api.broken:
@@ -83,12 +83,13 @@ class _Handler(BaseHTTPRequestHandler):
             code = 403
         elif body is None:
             code = 404
+        elif code == 201:  # is there before it is said to be, for it is asked for at once
+            self.api.rayjobs[body["metadata"]["name"]] = body
         said = json.dumps(body if well else {}).encode()
         self.send_response(code)
         self.send_header("Content-Length", str(len(said)))
         self.end_headers()
         self.wfile.write(said)
-        return well
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: the test says what was asked."""
@@ -117,21 +118,30 @@ def run(rayjobs: Any) -> bool:
 
 def test_a_copy_is_started_and_watched_until_it_has_succeeded(api: Api, rayjobs: Any) -> None:
     assert run(rayjobs)
-    made = api.rayjobs["nightly-29"]
+    made = api.rayjobs["nightly-29-run"]
     assert made["spec"] == {"entrypoint": "python x.py", "suspend": False, "activeDeadlineSeconds": 5}
     assert made["metadata"] == {
-        "name": "nightly-29",
+        "name": "nightly-29-run",
         "labels": {"app": "rssnet"},
         "ownerReferences": [{"apiVersion": "batch/v1", "kind": "Job", "name": "nightly-29", "uid": "uid-of-the-job"}],
     }
-    assert api.asked == ["GET /segment", "POST ", "GET /nightly-29", "GET /nightly-29"]
+    assert api.asked == ["GET /segment", "POST ", "GET /nightly-29-run", "GET /nightly-29-run"]
 
 
 def test_a_second_pod_of_the_same_job_watches_what_the_first_has_started(api: Api, rayjobs: Any) -> None:
     assert run(rayjobs)
-    first = api.rayjobs["nightly-29"]
+    first = api.rayjobs["nightly-29-run"]
     assert run(rayjobs)
-    assert api.rayjobs["nightly-29"] is first
+    assert api.rayjobs["nightly-29-run"] is first
+
+
+def test_the_copy_is_not_named_like_the_job_for_kuberay_makes_a_job_of_that_name(api: Api, rayjobs: Any) -> None:
+    """KubeRay's submitter is a Job with the RayJob's name; where that is taken, nothing is ever submitted."""
+    assert run(rayjobs)
+    (name,) = set(api.rayjobs) - {"segment"}
+    assert name != "nightly-29"
+    assert api.rayjobs[name]["metadata"]["ownerReferences"][0]["name"] == "nightly-29"
+    assert len(name) - len("nightly-29") + len("nightly-29380935") <= 47  # as KubeRay allows
 
 
 @pytest.mark.parametrize(

@@ -80,10 +80,11 @@ def cluster(folder: Path) -> Iterator[Hosts]:
         head = ["--head", "--port", "6379", "--dashboard-host", address, "--num-cpus", "0", "--temp-dir", short]
         hosts.start("head", [*node, *head, "--node-ip-address", address], folder / "head.log")
         wait_for_nodes(hosts, 1)
-        for name in ("one", "two"):
+        for number, name in enumerate(("one", "two"), start=2):
             own = ["--address", f"{address}:6379", "--node-ip-address", hosts.addresses[name], "--num-cpus", "3"]
             hosts.start(name, [*node, *own], folder / f"{name}.log")
-        wait_for_nodes(hosts, 3)
+            # One after the other: Ray numbers its sockets by those that it finds in the folder, which they share.
+            wait_for_nodes(hosts, number)
         yield hosts
 
 
