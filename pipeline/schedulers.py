@@ -25,6 +25,7 @@ from pipeline.search_space import Parameter, SearchSpace
 from pipeline.searchers import FAILURE
 
 SchedulerName = Literal["none", "asha", "hyperband", "pbt", "pb2"]
+POPULATIONS = ("pbt", "pb2")
 REDUCTION = 3  # of the trials at a rung, one in so many goes on
 # Whose change leaves every weight its place; all else that belongs to the model does not.
 _KEEP_WEIGHTS = ("model.drop_path", "model.separation.max_gate")

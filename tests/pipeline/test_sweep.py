@@ -18,6 +18,7 @@ from ray.util import placement_group_table
 
 from pipeline import storage
 from pipeline.command_line import WrongCall, load, read_yaml
+from pipeline.errors import PipelineError
 from pipeline.ingest import IngestConfig, ingest
 from pipeline.run_record import read_record
 from pipeline.schedulers import Asha, Pbt
@@ -227,6 +228,19 @@ def test_after_a_killed_driver_the_same_sweep_goes_on_and_runs_no_finished_trial
         history = storage.read_json(storage.join(trial.run, "history.json"))
         assert len(history["starts"]) == 1, "a finished trial is not trained again"
     assert all(trial.state == "finished" for trial in trials)
+    await_release()
+
+
+def test_a_sweep_whose_state_is_damaged_keeps_the_trials_that_it_has(scenes: str, tmp_path: Path) -> None:
+    """Ray Tune itself says nothing of it, and begins anew."""
+    config = config_of(scenes, tmp_path)
+    for name in ("experiment_state-2026.json", "callback-states-2026.pkl", "search_gen_state-2026.json"):
+        storage.write_bytes(storage.join(config.run, "tune", name), b"damaged")
+    storage.write_bytes(storage.join(config.run, "trials", "a", "history.json"), b"{}")
+    there = sorted(path for path in tmp_path.rglob("*") if path.parent.name in ("tune", "a"))
+    with pytest.raises(PipelineError, match="Ray Tune's state of the trials is damaged"):
+        sweep(config)
+    assert sorted(path for path in tmp_path.rglob("*") if path.parent.name in ("tune", "a")) == there
     await_release()
 
 

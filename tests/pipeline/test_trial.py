@@ -21,7 +21,7 @@ from pipeline.searchers import FAILURE, PLANNED
 from pipeline.storage_errors import StorageError, StorageOutage
 from pipeline.training import TrainConfig
 from pipeline.trial import ERROR, PARENT, RUN, Pointer, _place, failure_of, gflops
-from pipeline.trial_book import TRIALS_SCHEMA, TrialBook, TrialRecord
+from pipeline.trial_book import TRIALS_SCHEMA, NotRestored, TrialBook, TrialRecord
 from pipeline.trial_table import trial_line, trial_table
 from pipeline.warm_start import TRIALS_FILE, earlier_trials, read_trials
 from rssnet import CrossAttentionConfig, RSSNetConfig
@@ -93,8 +93,8 @@ class RayTrial:
         return self.error
 
 
-def book() -> TrialBook:
-    return TrialBook(100, 2.0, make_scheduler("asha", SPACE, 100, 10, 10, 2))
+def book(resumes: bool = False) -> TrialBook:
+    return TrialBook(100, 2.0, make_scheduler("asha", SPACE, 100, 10, 10, 2), resumes)
 
 
 def said(iteration: int, miou: float, **others: Any) -> dict[str, Any]:
@@ -158,6 +158,22 @@ def test_a_driver_that_takes_over_goes_on_with_the_book() -> None:
     after.set_state(before.get_state())
     assert after.trials == before.trials
     assert after.get_state()["scheduler"] == before.get_state()["scheduler"] != book().get_state()["scheduler"]
+
+
+def test_a_book_that_is_to_go_on_refuses_to_begin_anew() -> None:
+    before, trial = book(), RayTrial("a", lr=1)
+    given: Any = [trial]
+    before.on_step_begin(0, given)
+    for state, trials in ((None, []), (None, given), (before.get_state(), [])):
+        after = book(resumes=True)
+        if state is not None:
+            after.set_state(state)
+        with pytest.raises(NotRestored, match="none of them was touched"):
+            after.on_step_begin(0, trials)
+    restored = book(resumes=True)
+    restored.set_state(before.get_state())
+    restored.on_step_begin(0, given)
+    assert restored.trials == before.trials
 
 
 def record(number: int, state: str = "finished", miou: float = 0.4, lr: float = 1e-4) -> TrialRecord:

@@ -1,0 +1,67 @@
+"""The trials of a sweep around Ray Tune: what it goes on with, what it deletes, and how many run at a time."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import storage, tuning
+from pipeline.errors import PipelineError
+from pipeline.storage_errors import StorageOutage
+from pipeline.sweep_config import SweepConfig
+from pipeline.trial_book import NotRestored
+
+LR = {"optimizer.lr": {"loguniform": [1e-5, 1e-2]}}
+STATE = ("experiment_state-1.json", "callback-states-1.pkl", "search_gen_state-1.json")
+
+
+def write_state(run: str, names: tuple[str, ...] = STATE) -> None:
+    for name in names:
+        storage.write_bytes(storage.join(run, "tune", name), b"damaged")
+
+
+def test_a_sweep_has_begun_once_its_first_state_is_there_whole(bucket: str) -> None:
+    assert not tuning.has_begun(bucket)
+    for count in (1, 2):
+        write_state(f"{bucket}/{count}", STATE[:count])
+        assert not tuning.has_begun(f"{bucket}/{count}")
+    write_state(f"{bucket}/whole")
+    assert tuning.has_begun(f"{bucket}/whole")
+    write_state(f"{bucket}/population", (*STATE[:2], "basic-variant-state-1.json"))
+    assert tuning.has_begun(f"{bucket}/population")
+    write_state(f"{bucket}/trials", ("trial_1/experiment_state", "trial_1/callback-states", "trial_1/search_gen_state"))
+    assert not tuning.has_begun(f"{bucket}/trials")
+
+
+def test_a_state_that_cannot_be_restored_is_waited_for_and_tried_once_more(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config: Any = SweepConfig("d", str(tmp_path), space=LR)
+    write_state(config.run)
+    tried, read, outages = [], storage.read_bytes, [StorageOutage("the store is overloaded")]
+
+    def fails_once(*given: Any) -> list[Any]:
+        tried.append(given[-1])
+        if len(tried) == 1:
+            raise NotRestored("damaged")
+        return []
+
+    def read_bytes(url: str) -> bytes:
+        if outages:
+            raise outages.pop()
+        return read(url)
+
+    monkeypatch.setattr(tuning, "_tried", fails_once)
+    monkeypatch.setattr(storage, "read_bytes", read_bytes)
+    assert tuning.run_trials(config, None, None) == []  # pyright: ignore[reportArgumentType]
+    assert tried == [True, True]
+    assert not outages
+
+
+def test_of_two_failures_to_restore_the_second_is_raised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fails(*_: Any) -> list[Any]:
+        raise NotRestored("damaged")
+
+    monkeypatch.setattr(tuning, "_tried", fails)
+    with pytest.raises(PipelineError, match="damaged"):
+        tuning.run_trials(SweepConfig("d", str(tmp_path), space=LR), None, None)  # pyright: ignore[reportArgumentType]
