@@ -14,7 +14,8 @@ from pipeline.errors import PipelineError
 from pipeline.parquet_files import write_table
 from pipeline.progress import announce
 from pipeline.retraining import Retrained, retrained
-from pipeline.run_record import RunRecord, finished_record, identity, record_run, refuse_other_work
+from pipeline.run_record import RunRecord, finished_record, record_run, refuse_other_work
+from pipeline.schedulers import POPULATIONS
 from pipeline.search_space import SearchSpace
 from pipeline.sweep_config import SweepConfig as SweepConfig
 from pipeline.sweep_config import search_space as search_space
@@ -25,6 +26,7 @@ from pipeline.tuning import DRIVER_CPUS, TRIALS_FOLDER, TUNE_FOLDER, delete_unne
 from pipeline.warm_start import TRIALS_FILE, read_trials
 
 BEST_FILE = "best.yaml"
+GIVEN = ("run", "new")  # fields of a training that `best.yaml` leaves to the command line
 
 
 def sweep(config: SweepConfig) -> RunRecord:
@@ -69,11 +71,11 @@ def _swept(config: SweepConfig, space: SearchSpace, default: TrainConfig, inputs
         write_table(storage.join(config.run, TRIALS_FILE), pa.Table.from_pylist(rows, schema=TRIALS_SCHEMA))
         write_sweep_report(config.run, space, config.objectives, trials)
         record.counts = {"trials": len(trials), "failed": sum(trial.state in FAILED for trial in trials)}
-        record.results = _write_best(config, space, trials)
+        record.results = write_best(config, space, trials)
     return record
 
 
-def _write_best(config: SweepConfig, space: SearchSpace, trials: list[TrialRecord]) -> dict[str, Any]:
+def write_best(config: SweepConfig, space: SearchSpace, trials: list[TrialRecord]) -> dict[str, Any]:
     objectives = config.objectives
     position = objectives.best([trial.metrics for trial in trials])
     if position is None:
@@ -83,11 +85,10 @@ def _write_best(config: SweepConfig, space: SearchSpace, trials: list[TrialRecor
             "Mend that, and run it again with --new true."
         )
     best = trials[position]
-    document = identity(space.config(config.dataset, config.run, best.parameters))
-    del document["run"]
-    scores = ", ".join(f"{name} {best.metrics[name]:.4f}" for name in objectives.names)
-    text = f"# The best of {len(trials)} trials: {scores} after {best.iterations} iterations.\n"
-    text += yaml.safe_dump(document, sort_keys=False)
+    document = dataclasses.asdict(space.config(config.dataset, config.run, best.parameters))
+    for name in GIVEN:
+        del document[name]
+    text = best_head(config, trials, best) + yaml.safe_dump(document, sort_keys=False)
     storage.write_bytes(storage.join(config.run, BEST_FILE), text.encode())
     first = objectives.first
     return {
@@ -99,6 +100,20 @@ def _write_best(config: SweepConfig, space: SearchSpace, trials: list[TrialRecor
         "device_seconds": round(sum(trial.device_seconds for trial in trials), 1),
         "saved_device_seconds": round(sum(trial.saved for trial in trials), 1),
     }
+
+
+def best_head(config: SweepConfig, trials: list[TrialRecord], best: TrialRecord) -> str:
+    """The comment above the best configuration: how it was found."""
+    scores = ", ".join(f"{name} {best.metrics[name]:.4f}" for name in config.objectives.names)
+    text = f"# The best of {len(trials)} trials: {scores} after {best.iterations} iterations.\n"
+    if config.scheduler in POPULATIONS:
+        parents = ", ".join(str(number) for number in best.parents)
+        whose = f", and it took over the weights of trials {parents}" if parents else ""
+        text += f"# It is no single configuration: {config.scheduler} changed the searched fields on the way{whose}.\n"
+        text += (
+            "# What stands here is how it ended; a training with these values from its start may score differently.\n"
+        )
+    return text
 
 
 def _retrain(config: SweepConfig, space: SearchSpace, record: RunRecord) -> Retrained:

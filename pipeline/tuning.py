@@ -23,7 +23,7 @@ from pipeline.storage_errors import patiently
 from pipeline.sweep_config import SweepConfig
 from pipeline.training import ResourcesConfig, TrainConfig, needed_cpus
 from pipeline.trial import TrialJob, run_trial
-from pipeline.trial_book import NotRestored, TrialBook, TrialRecord
+from pipeline.trial_book import ENDED, NotRestored, TrialBook, TrialRecord
 from pipeline.trial_table import TrialTable
 from pipeline.warm_start import earlier_trials
 
@@ -111,12 +111,19 @@ def _tried(config: SweepConfig, space: SearchSpace, default: TrainConfig, resume
             reporter=table.reporter,
         )
         _run_tune(config, job, search, default, count, places, book, budget)
-    trials = book.trials
-    ended = budget.stop_all()
-    open_ones = [trial for trial in trials if trial.state in ("waiting", "running", "paused")]
-    if open_ones or (len(trials) < count and not ended):
-        raise PipelineError(f"{len(open_ones)} of {count} trials of {config.run} have not ended: run it again.")
-    return trials
+    require_ended(config, book.trials, count)
+    return book.trials
+
+
+def require_ended(config: SweepConfig, trials: list[TrialRecord], count: int) -> None:
+    """Raise PipelineError unless all of `count` trials have ended, or those that a budget has allowed.
+
+    Ray Tune has a copy of the budget, and in a sweep that goes on an older one: it alone knows whether it is spent.
+    """
+    missing = 0 if config.hours or config.device_hours else count - len(trials)
+    missing += sum(trial.state not in ENDED for trial in trials)
+    if missing:
+        raise PipelineError(f"{missing} of {count} trials of {config.run} have not ended: run it again.")
 
 
 def _run_tune(

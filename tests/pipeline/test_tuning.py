@@ -9,7 +9,7 @@ from pipeline import storage, tuning
 from pipeline.errors import PipelineError
 from pipeline.storage_errors import StorageOutage
 from pipeline.sweep_config import SweepConfig
-from pipeline.trial_book import NotRestored
+from pipeline.trial_book import NotRestored, TrialRecord
 
 LR = {"optimizer.lr": {"loguniform": [1e-5, 1e-2]}}
 STATE = ("experiment_state-1.json", "callback-states-1.pkl", "search_gen_state-1.json")
@@ -65,3 +65,26 @@ def test_of_two_failures_to_restore_the_second_is_raised(monkeypatch: pytest.Mon
     monkeypatch.setattr(tuning, "_tried", fails)
     with pytest.raises(PipelineError, match="damaged"):
         tuning.run_trials(SweepConfig("d", str(tmp_path), space=LR), None, None)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("states", "limits", "missing"),
+    [
+        (["finished", "stopped", "failed"], {}, 0),
+        (["finished", "out_of_budget"], {"hours": 1.0}, 0),
+        (["finished", "out_of_memory"], {"device_hours": 1.0}, 0),
+        (["finished", "stopped"], {}, 1),
+        (["finished", "waiting"], {}, 2),
+        (["finished", "paused", "stopped"], {"hours": 1.0}, 1),
+    ],
+)
+def test_a_sweep_is_over_when_its_trials_are_as_many_as_its_budget_allows(
+    states: list[str], limits: dict[str, float], missing: int
+) -> None:
+    config: Any = SweepConfig("d", "r", space=LR, trials=3, **limits)  # pyright: ignore[reportArgumentType]
+    trials = [TrialRecord(number, str(number), {}, 9, 1.0, state) for number, state in enumerate(states)]
+    if missing:
+        with pytest.raises(PipelineError, match=f"{missing} of 3 trials of r have not ended: run it again"):
+            tuning.require_ended(config, trials, 3)
+    else:
+        tuning.require_ended(config, trials, 3)
