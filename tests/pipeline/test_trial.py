@@ -219,11 +219,11 @@ def test_a_budget_ends_a_sweep_when_it_is_spent(monkeypatch: pytest.MonkeyPatch)
     assert not any(budget.stop_all() for budget in (wall, devices, none))
     now += 35
     assert not wall.stop_all()
-    assert not devices("a", {"time_total_s": 20})
-    devices("b", {"time_total_s": 10})
-    devices("a", {"time_total_s": 25})  # its whole time so far, not more of it
+    assert not devices("a", {"time_this_iter_s": 15, "time_total_s": 15})
+    devices("b", {"time_this_iter_s": 10, "time_total_s": 10})
+    devices("a", {"time_this_iter_s": 10, "time_total_s": 10})  # it has failed, and was started again
     assert not devices.stop_all()
-    devices("b", {"time_total_s": 11})
+    devices("b", {"time_this_iter_s": 1, "time_total_s": 11})
     now += 1
     assert wall.stop_all()
     assert devices.stop_all()
