@@ -152,15 +152,16 @@ def make_scheduler(
         name: which one.
         space: what PBT and PB2 vary.
         iterations, evaluate_every: of a trial.
-        grace: iterations before ASHA stops a trial, and from one exchange of a population to the next.
+        grace: iterations before ASHA stops a trial, and from one exchange of a population to the next; rounded up to
+            the next validation, for off its rungs ASHA would compare trials at each validation.
         places: trials that the cluster holds at a time.
 
     Raises:
         WrongCall: if the search space is none for this scheduler, or a package is missing.
     """
+    grace = min(-(-grace // evaluate_every) * evaluate_every, iterations)
     # Limits lie above the last iteration, so that a trial that gets there ends by itself instead of being killed.
     if name == "asha":
-        grace = min(grace, iterations)
         return Asha(time_attr="iteration", max_t=iterations + 1, grace_period=grace, reduction_factor=REDUCTION)
     if name == "hyperband":
         most = -(-iterations // evaluate_every) + 1
@@ -170,7 +171,7 @@ def make_scheduler(
     check_population(name, space)
     parameters = space.parameters
     clamp = _Clamp(parameters)
-    options: dict[str, Any] = {"time_attr": "iteration", "perturbation_interval": min(grace, iterations)}
+    options: dict[str, Any] = {"time_attr": "iteration", "perturbation_interval": grace}
     options |= {"log_config": False, "custom_explore_fn": clamp}
     if name == "pbt":
         mutations = {name: _mutation(parameter) for name, parameter in parameters.items()}

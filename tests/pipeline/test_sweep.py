@@ -237,10 +237,11 @@ def test_a_sweep_whose_state_is_damaged_keeps_the_trials_that_it_has(scenes: str
     for name in ("experiment_state-2026.json", "callback-states-2026.pkl", "search_gen_state-2026.json"):
         storage.write_bytes(storage.join(config.run, "tune", name), b"damaged")
     storage.write_bytes(storage.join(config.run, "trials", "a", "history.json"), b"{}")
-    there = sorted(path for path in tmp_path.rglob("*") if path.parent.name in ("tune", "a"))
+    before = {found.url for found in storage.list_objects(config.run)}
     with pytest.raises(PipelineError, match="Ray Tune's state of the trials is damaged"):
         sweep(config)
-    assert sorted(path for path in tmp_path.rglob("*") if path.parent.name in ("tune", "a")) == there
+    after = {found.url.removeprefix(f"{config.run}/") for found in storage.list_objects(config.run)}
+    assert after - {"run.json"} == {url.removeprefix(f"{config.run}/") for url in before}
     await_release()
 
 
