@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import yaml
 from pipeline import dataset, storage
 from pipeline.cluster import connected
 from pipeline.errors import PipelineError
+from pipeline.lease import Lease
 from pipeline.parquet_files import write_table
 from pipeline.progress import announce
 from pipeline.retraining import Retrained, retrained
@@ -33,6 +35,7 @@ def sweep(config: SweepConfig) -> RunRecord:
     """Run the trials; leave `trials.parquet`, `report.html` and `best.yaml`, which `workflows/train.py --config` takes.
 
     Raises:
+        Held: if another process is at this sweep.
         PipelineError: if the search space, the dataset or the cluster cannot serve, or every trial fails.
     """
     config = dataclasses.replace(config, dataset=storage.absolute(config.dataset), run=storage.absolute(config.run))
@@ -49,7 +52,7 @@ def sweep(config: SweepConfig) -> RunRecord:
             announce(f"already swept: {config.run} ({_best_text(record.results)})")
             if not config.retrain:
                 return record
-    with connected():
+    with Lease(config.run, f"sweep {uuid.uuid4().hex}"), connected():
         if record is None:
             record = _swept(config, space, default, inputs)
             announce(f"swept {config.run}/{BEST_FILE} ({_best_text(record.results)})")

@@ -20,6 +20,7 @@ from pipeline import storage
 from pipeline.command_line import WrongCall, load, read_yaml
 from pipeline.errors import PipelineError
 from pipeline.ingest import IngestConfig, ingest
+from pipeline.lease import Held, Lease
 from pipeline.run_record import read_record
 from pipeline.schedulers import Asha, Pbt
 from pipeline.street_scenes import write_street_scenes
@@ -241,8 +242,15 @@ def test_a_sweep_whose_state_is_damaged_keeps_the_trials_that_it_has(scenes: str
     with pytest.raises(PipelineError, match="Ray Tune's state of the trials is damaged"):
         sweep(config)
     after = {found.url.removeprefix(f"{config.run}/") for found in storage.list_objects(config.run)}
-    assert after - {"run.json"} == {url.removeprefix(f"{config.run}/") for url in before}
+    assert after - {"run.json", "lease.json"} == {url.removeprefix(f"{config.run}/") for url in before}
     await_release()
+
+
+def test_of_two_drivers_the_second_leaves_the_trials_alone(scenes: str, tmp_path: Path) -> None:
+    config = config_of(scenes, tmp_path)
+    with Lease(config.run, "sweep of another driver"), pytest.raises(Held, match="run sweep of another driver"):
+        sweep(config)
+    assert read_record(config.run) is None
 
 
 @pytest.mark.heavy
