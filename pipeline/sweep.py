@@ -15,7 +15,7 @@ from pipeline.errors import PipelineError
 from pipeline.lease import Lease
 from pipeline.parquet_files import write_table
 from pipeline.progress import announce
-from pipeline.retraining import Retrained, retrained
+from pipeline.retraining import RETRAINED_FILE, RETRAINED_FOLDER, Retrained, retrained
 from pipeline.run_record import RunRecord, finished_record, record_run, refuse_other_work
 from pipeline.schedulers import POPULATIONS
 from pipeline.search_space import SearchSpace
@@ -24,8 +24,16 @@ from pipeline.sweep_config import search_space as search_space
 from pipeline.sweep_report import REPORT_FILE, write_sweep_report
 from pipeline.training import TrainConfig, completed, require_resources
 from pipeline.trial_book import FAILED, TRIALS_SCHEMA, TrialRecord, plain
-from pipeline.tuning import DRIVER_CPUS, TRIALS_FOLDER, TUNE_FOLDER, delete_unneeded, run_trials
-from pipeline.warm_start import TRIALS_FILE, read_trials
+from pipeline.tuning import (
+    DRIVER_CPUS,
+    TRIALS_FOLDER,
+    TUNE_FOLDER,
+    delete_unneeded,
+    has_begun,
+    require_places,
+    run_trials,
+)
+from pipeline.warm_start import TRIALS_FILE, earlier_trials, read_trials
 
 BEST_FILE = "best.yaml"
 GIVEN = ("run", "new")  # fields of a training that `best.yaml` leaves to the command line
@@ -64,10 +72,16 @@ def sweep(config: SweepConfig) -> RunRecord:
 
 def _swept(config: SweepConfig, space: SearchSpace, default: TrainConfig, inputs: dict[str, str]) -> RunRecord:
     """Run the trials under a record, and write down what they have found."""
+    # What can be refused is refused before anything of an earlier sweep is deleted.
     require_resources(default.resources, beside=DRIVER_CPUS)
+    require_places(config, default.resources)
+    earlier = earlier_trials(config.warm_start, space, config.objectives)
     outputs = [BEST_FILE, TRIALS_FILE, REPORT_FILE, TRIALS_FOLDER, TUNE_FOLDER]
     with record_run(config.run, "sweep", config, inputs, outputs, keep=not config.new) as record:
-        trials = run_trials(config, space, default)
+        if not has_begun(config.run):
+            for retraining in (RETRAINED_FOLDER, RETRAINED_FILE):  # of the sweep that this one replaces
+                storage.delete(storage.join(config.run, retraining))
+        trials = run_trials(config, space, default, earlier)
         delete_unneeded(config, trials)
         front = config.objectives.front([trial.metrics for trial in trials])
         rows = [trial.row(position in front) for position, trial in enumerate(trials)]

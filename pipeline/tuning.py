@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,14 +19,13 @@ from pipeline.errors import PipelineError
 from pipeline.progress import announce
 from pipeline.schedulers import POPULATIONS, domain, make_scheduler
 from pipeline.search_space import SearchSpace
-from pipeline.searchers import StudySearcher
+from pipeline.searchers import Evaluated, StudySearcher
 from pipeline.storage_errors import patiently
 from pipeline.sweep_config import SweepConfig
 from pipeline.training import ResourcesConfig, TrainConfig, needed_cpus
 from pipeline.trial import TrialJob, run_trial
 from pipeline.trial_book import ENDED, NotRestored, TrialBook, TrialRecord
 from pipeline.trial_table import TrialTable
-from pipeline.warm_start import earlier_trials
 
 TRIALS_FOLDER = "trials"
 TUNE_FOLDER = "tune"
@@ -36,19 +36,37 @@ _RESUME = ResumeConfig(errored=ResumeConfig.ResumeType.RESUME)  # pyright: ignor
 _STATE = (("experiment_state",), ("callback-states",), ("search_gen_state", "basic-variant-state"))
 
 
-def run_trials(config: SweepConfig, space: SearchSpace, default: TrainConfig) -> list[TrialRecord]:
+def require_places(config: SweepConfig, resources: ResourcesConfig) -> None:
+    """Raise PipelineError if a population does not have room side by side; a cluster that was joined may grow."""
+    places = config.concurrent_trials or _places(resources)
+    if config.scheduler in POPULATIONS and places < config.trials and not os.environ.get("RAY_ADDRESS"):
+        raise PipelineError(
+            f"The scheduler {config.scheduler} trains its {config.trials} trials side by side, but {places} have room: "
+            "lower trials or resources.cpus_per_worker, or raise concurrent_trials."
+        )
+
+
+def run_trials(
+    config: SweepConfig, space: SearchSpace, default: TrainConfig, earlier: Sequence[Evaluated] = ()
+) -> list[TrialRecord]:
     """Run the trials, or those that an earlier driver has not ended, and return what is known of all.
+
+    Args:
+        config: of the sweep.
+        space: of the sweep.
+        default: what trial 0 trains with.
+        earlier: trials of other sweeps, for the searcher to learn from.
 
     Raises:
         PipelineError: if what an earlier driver has written down cannot be read, or trials have not ended.
     """
     resumes = has_begun(config.run)
     try:
-        return _tried(config, space, default, resumes)
+        return _tried(config, space, default, earlier, resumes)
     except NotRestored:
         announce(f"  the trials in {config.run}/{TUNE_FOLDER} could not be restored: trying once more")
         patiently(partial(_read_state, config.run))
-        return _tried(config, space, default, resumes)
+        return _tried(config, space, default, earlier, resumes)
 
 
 def has_begun(run: str) -> bool:
@@ -67,14 +85,11 @@ def _read_state(run: str) -> None:
         storage.read_bytes(place)
 
 
-def _tried(config: SweepConfig, space: SearchSpace, default: TrainConfig, resumes: bool) -> list[TrialRecord]:
+def _tried(
+    config: SweepConfig, space: SearchSpace, default: TrainConfig, earlier: Sequence[Evaluated], resumes: bool
+) -> list[TrialRecord]:
     resources = default.resources
     places = config.concurrent_trials or _places(resources)
-    if config.scheduler in POPULATIONS and places < config.trials and not os.environ.get("RAY_ADDRESS"):
-        raise PipelineError(
-            f"The scheduler {config.scheduler} trains its {config.trials} trials side by side, but {places} have room: "
-            "lower trials or resources.cpus_per_worker, or raise concurrent_trials."
-        )
     grace, every = config.grace_iterations, default.evaluate_every
     scheduler = make_scheduler(config.scheduler, space, default.iterations, every, grace, places)
     devices = resources.workers * resources.gpus_per_worker if resources.use_gpu else needed_cpus(resources)
@@ -91,7 +106,7 @@ def _tried(config: SweepConfig, space: SearchSpace, default: TrainConfig, resume
             config.objectives,
             config.seed,
             first,
-            earlier_trials(config.warm_start, space, config.objectives),
+            earlier,
             book.busy,
         )
         if config.searcher == "grid":

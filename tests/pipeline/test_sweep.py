@@ -253,6 +253,42 @@ def test_of_two_drivers_the_second_leaves_the_trials_alone(scenes: str, tmp_path
     assert read_record(config.run) is None
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"warm_start": ["/nowhere"]}, "There is no finished sweep at /nowhere"),
+        ({"scheduler": "pbt", "searcher": "random", "trials": 100}, "trains its 100 trials side by side"),
+    ],
+)
+def test_a_sweep_that_is_to_replace_another_is_refused_before_that_is_deleted(
+    scenes: str, tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
+    config = config_of(scenes, tmp_path, new=True, **changes)
+    names = ("trials.parquet", "tune/experiment_state-1.json", "trials/a/history.json", "retrained.json")
+    for name in names:
+        storage.write_bytes(storage.join(config.run, name), b"earlier")
+    with pytest.raises(PipelineError, match=says):
+        sweep(config)
+    assert all(storage.exists(storage.join(config.run, name)) for name in names)
+
+
+def test_a_sweep_that_replaces_another_deletes_what_was_trained_again_too(
+    scenes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(scenes, tmp_path, new=True)
+    for name in ("retrained.json", "retrained/seed-0/model/config.json"):
+        storage.write_bytes(storage.join(config.run, name), b"earlier")
+
+    def stops(*_: Any) -> None:
+        raise PipelineError("far enough")
+
+    monkeypatch.setattr("pipeline.sweep.run_trials", stops)
+    with pytest.raises(PipelineError, match="far enough"):
+        sweep(config)
+    assert not storage.exists(storage.join(config.run, "retrained"))
+    assert not storage.exists(storage.join(config.run, "retrained.json"))
+
+
 @pytest.mark.heavy
 @pytest.mark.slow
 def test_the_best_is_trained_again_with_the_full_schedule(scenes: str, tmp_path: Path) -> None:
