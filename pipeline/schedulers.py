@@ -6,7 +6,7 @@ callbacks, but no scheduler (ray 2.60).
 """
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from ray import tune
@@ -80,11 +80,11 @@ class HyperBand(_StopsFailed, HyperBandScheduler):
     Ray's own supposes that all trials are there from the beginning.
 
     Args:
-        places: trials that the cluster holds at a time.
+        places: how many trials the cluster holds at a time, asked anew whenever one could run.
         **options: of `HyperBandScheduler`.
     """
 
-    def __init__(self, places: int, **options: Any) -> None:
+    def __init__(self, places: Callable[[], int], **options: Any) -> None:
         super().__init__(**options)
         self.places = places
 
@@ -108,7 +108,7 @@ class HyperBand(_StopsFailed, HyperBandScheduler):
             if waiting and all(trial.status == Trial.PAUSED for trial in waiting) and bracket.cur_iter_done():
                 self._process_bracket(tune_controller, bracket)  # the searcher has ended since they were paused
         running = [trial for trial in tune_controller.get_trials() if trial.status in (Trial.RUNNING, Trial.PENDING)]
-        if len(running) >= self.places:
+        if len(running) >= self.places():
             return None
         for bracket in sorted(brackets, key=lambda bracket: bracket.completion_percentage()):
             for trial in bracket.current_trials():
@@ -144,7 +144,12 @@ class Pb2(_StopsFailed, _SparesRecipe, PB2):
 
 
 def make_scheduler(
-    name: SchedulerName, space: SearchSpace, iterations: int, evaluate_every: int, grace: int, places: int
+    name: SchedulerName,
+    space: SearchSpace,
+    iterations: int,
+    evaluate_every: int,
+    grace: int,
+    places: int | Callable[[], int],
 ) -> TrialScheduler:
     """The scheduler of a sweep.
 
@@ -154,7 +159,7 @@ def make_scheduler(
         iterations, evaluate_every: of a trial.
         grace: iterations before ASHA stops a trial, and from one exchange of a population to the next; rounded up to
             the next validation, for off its rungs ASHA would compare trials at each validation.
-        places: trials that the cluster holds at a time.
+        places: trials that the cluster holds at a time; what says so anew where that changes.
 
     Raises:
         WrongCall: if the search space is none for this scheduler, or a package is missing.
@@ -165,7 +170,8 @@ def make_scheduler(
         return Asha(time_attr="iteration", max_t=iterations + 1, grace_period=grace, reduction_factor=REDUCTION)
     if name == "hyperband":
         most = -(-iterations // evaluate_every) + 1
-        return HyperBand(places, time_attr="validations", max_t=most, reduction_factor=REDUCTION)
+        now = places if callable(places) else lambda: places
+        return HyperBand(now, time_attr="validations", max_t=most, reduction_factor=REDUCTION)
     if name == "none":
         return Plain()
     check_population(name, space)

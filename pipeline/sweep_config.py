@@ -35,7 +35,9 @@ class SweepConfig:
             with the weights of better trials and changed parameters, with all trials side by side.
         grace_iterations: iterations that every trial may run before asha can stop it, and from one exchange of pbt and
             pb2 to the next.
-        concurrent_trials: trials at the same time; 0 for as many as the cluster holds.
+        concurrent_trials: trials at the same time; 0 for as many as the cluster holds, looked at again and again. For a
+            trial that has no room none is asked for, but for the first one. So give a number on a cluster that grows on
+            demand, for instance from zero: it grows until so many have room.
         retrain: train the best configuration with so many seeds and the full schedule: iterations, validations and
             checkpoints as the base configuration has them.
         seed: of the search.

@@ -30,6 +30,7 @@ from pipeline.trial_table import TrialTable
 TRIALS_FOLDER = "trials"
 TUNE_FOLDER = "tune"
 DRIVER_CPUS = 0.1  # what a trial's own process takes; its workers ask for theirs
+_PENDING = "200"  # trials whose process is about to start; the searcher itself keeps to what there is room for
 # Trials that the cluster has failed are tried again, beside those that have not ended.
 _RESUME = ResumeConfig(errored=ResumeConfig.ResumeType.RESUME)  # pyright: ignore[reportArgumentType] as Ray says str
 # The files of a state that Ray Tune can go on from, by how their names begin: trials, callbacks, and a searcher.
@@ -38,7 +39,7 @@ _STATE = (("experiment_state",), ("callback-states",), ("search_gen_state", "bas
 
 def require_places(config: SweepConfig, resources: ResourcesConfig) -> None:
     """Raise PipelineError if a population does not have room side by side; a cluster that was joined may grow."""
-    places = config.concurrent_trials or _places(resources)
+    places = places_now(config, resources)
     if config.scheduler in POPULATIONS and places < config.trials and not os.environ.get("RAY_ADDRESS"):
         raise PipelineError(
             f"The scheduler {config.scheduler} trains its {config.trials} trials side by side, but {places} have room: "
@@ -89,7 +90,7 @@ def _tried(
     config: SweepConfig, space: SearchSpace, default: TrainConfig, earlier: Sequence[Evaluated], resumes: bool
 ) -> list[TrialRecord]:
     resources = default.resources
-    places = config.concurrent_trials or _places(resources)
+    places = partial(places_now, config, resources)
     grace, every = config.grace_iterations, default.evaluate_every
     scheduler = make_scheduler(config.scheduler, space, default.iterations, every, grace, places)
     devices = resources.workers * resources.gpus_per_worker if resources.use_gpu else needed_cpus(resources)
@@ -107,11 +108,12 @@ def _tried(
             config.seed,
             first,
             earlier,
-            book.busy,
+            lambda: book.busy() < places(),
         )
         if config.searcher == "grid":
             count = min(count, search.points_left)
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the newer output of ray 2.60 prints trials' tracebacks even when silent
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = _PENDING  # by itself Ray Tune starts one process after the other
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the book has it all, in one file
     table = TrialTable(count * default.iterations, count, config.objectives, lambda: book.trials)
     budget = Budget(config.hours, config.device_hours, devices)
@@ -125,7 +127,7 @@ def _tried(
             exchanges=config.scheduler in POPULATIONS,
             reporter=table.reporter,
         )
-        _run_tune(config, job, search, default, count, places, book, budget)
+        _run_tune(config, job, search, default, count, book, budget)
     require_ended(config, book.trials, count)
     return book.trials
 
@@ -147,7 +149,6 @@ def _run_tune(
     search: Any,
     default: TrainConfig,
     count: int,
-    places: int,
     book: TrialBook,
     budget: Budget,
 ) -> None:
@@ -166,7 +167,6 @@ def _run_tune(
             metric=config.objectives.first,
             mode=config.objectives.modes[0],
             num_samples=count,
-            max_concurrent_trials=None if populations else places,
             search_alg=search,
             scheduler=book.scheduler,
             stop=budget,
@@ -181,8 +181,10 @@ def _run_tune(
         )
 
 
-def _places(resources: ResourcesConfig) -> int:
-    """How many trials the cluster's CPUs and GPUs hold at a time."""
+def places_now(config: SweepConfig, resources: ResourcesConfig) -> int:
+    """How many trials may run at a time: as it was asked for, or as many as the cluster's CPUs and GPUs now hold."""
+    if config.concurrent_trials:
+        return config.concurrent_trials
     have = ray.cluster_resources()
     held = (have.get("CPU", 0) + 1e-6) // (needed_cpus(resources) + DRIVER_CPUS)
     if resources.use_gpu:

@@ -100,6 +100,23 @@ def test_hyperband_halves_a_bracket_only_when_it_is_full() -> None:
     assert sorted(ended[2]) == [1, 1, 1, 1, 1, 1, 3, 3, 9]
 
 
+def test_hyperband_uses_places_that_a_cluster_has_only_got() -> None:
+    places, running = 1, []
+
+    class Growing(SimulatedSweep):
+        def _report(self, trial: SimulatedTrial) -> None:
+            nonlocal places
+            running.append(sum(trial.status == Trial.RUNNING for trial in self.trials))
+            places = 1 if len(running) < 10 else 4
+            self.places = places
+            super()._report(trial)
+
+    found = make_scheduler("hyperband", SearchSpace({}, {}, LR), 90, 10, 10, lambda: places)
+    Growing(found, curves(40, 9), places=1, every=10).run()
+    assert set(running[:10]) == {1}
+    assert max(running) == 4
+
+
 def test_hyperband_takes_up_restored_trials_where_they_were() -> None:
     after = scheduler("hyperband", places=2)
     after.set_search_properties("miou", "max")

@@ -7,8 +7,10 @@ import pytest
 
 from pipeline import storage, tuning
 from pipeline.errors import PipelineError
+from pipeline.sample_stream import FEEDING_CPUS
 from pipeline.storage_errors import StorageOutage
 from pipeline.sweep_config import SweepConfig
+from pipeline.training import ResourcesConfig
 from pipeline.trial_book import NotRestored, TrialRecord
 
 LR = {"optimizer.lr": {"loguniform": [1e-5, 1e-2]}}
@@ -88,3 +90,17 @@ def test_a_sweep_is_over_when_its_trials_are_as_many_as_its_budget_allows(
             tuning.require_ended(config, trials, 3)
     else:
         tuning.require_ended(config, trials, 3)
+
+
+def test_as_many_trials_run_as_the_cluster_now_holds_or_as_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    there: dict[str, float] = {}
+    monkeypatch.setattr("ray.cluster_resources", lambda: there)
+    config, fixed = SweepConfig("d", "r", space=LR), SweepConfig("d", "r", space=LR, concurrent_trials=3)
+    on_gpus = ResourcesConfig(workers=2, use_gpu=True, gpus_per_worker=0.5)
+    found = []
+    for cpus, gpus in ((0, 0), (64, 0), (64, 3)):
+        there.update(CPU=cpus, GPU=gpus)
+        found.append([tuning.places_now(one, on_gpus) for one in (config, fixed)])
+    assert found == [[1, 3], [1, 3], [3, 3]]
+    there.update(CPU=9.0)
+    assert tuning.places_now(config, ResourcesConfig(cpus_per_worker=0.5)) == 9 // (0.5 + FEEDING_CPUS + 0.1)
