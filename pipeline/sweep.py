@@ -75,7 +75,7 @@ def _swept(config: SweepConfig, space: SearchSpace, default: TrainConfig, inputs
     # What can be refused is refused before anything of an earlier sweep is deleted.
     require_resources(default.resources, beside=DRIVER_CPUS)
     require_places(config, default.resources)
-    earlier = earlier_trials(config.warm_start, space, config.objectives)
+    earlier = earlier_trials(config.warm_start, space, config.objectives, inputs["dataset"])
     outputs = [BEST_FILE, TRIALS_FILE, REPORT_FILE, TRIALS_FOLDER, TUNE_FOLDER]
     with record_run(config.run, "sweep", config, inputs, outputs, keep=not config.new) as record:
         if not has_begun(config.run):

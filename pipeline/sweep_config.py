@@ -24,7 +24,8 @@ class SweepConfig:
             choice, uniform, randint and quniform. With {"when": {"other.field": [values]}} beside that, only while
             another field that is searched has one of these values. Trial 0 tries the base configuration as it is.
         points: configurations known to be good, by dotted names, that are tried right after trial 0.
-        warm_start: URLs of earlier sweeps whose trials the searcher optuna learns from.
+        warm_start: URLs of earlier sweeps. Of their trials the searcher optuna learns from those that ran to their end
+            and that this sweep could have tried itself, on the same dataset; how many these are is said.
         trials: how many configurations to try.
         hours: of wall time, after which the sweep ends with what it has.
         device_hours: of GPUs, or without any of CPUs, that all trials may take; looked at with each validation.

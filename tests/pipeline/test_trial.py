@@ -23,7 +23,7 @@ from pipeline.training import TrainConfig
 from pipeline.trial import ERROR, PARENT, RUN, Pointer, _place, failure_of, gflops
 from pipeline.trial_book import TRIALS_SCHEMA, NotRestored, TrialBook, TrialRecord
 from pipeline.trial_table import trial_line, trial_table
-from pipeline.warm_start import TRIALS_FILE, earlier_trials, read_trials
+from pipeline.warm_start import TRIALS_FILE, read_trials
 from rssnet import CrossAttentionConfig, RSSNetConfig
 
 SPACE = SearchSpace({}, {}, {"optimizer.lr": {"loguniform": [1e-5, 1e-3]}})
@@ -183,20 +183,14 @@ def record(number: int, state: str = "finished", miou: float = 0.4, lr: float = 
     return TrialRecord(number, f"id{number}", parameters, 100, 2.0, state, curve, 10.0, 5.0, error, [], "s3://run")
 
 
-def test_trials_are_read_as_they_were_written_and_those_that_fit_are_learnt_from(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_trials_are_read_as_they_were_written(tmp_path: Path) -> None:
     written = [record(0), record(1, "failed"), record(2, "stopped"), record(3, miou=0.5, lr=1.0)]
-    written += [record(4, miou=0.3, lr=2e-4)]
     table = pa.Table.from_pylist([one.row(on_front=False) for one in written], schema=TRIALS_SCHEMA)
     pq.write_table(table, tmp_path / TRIALS_FILE)
     assert read_trials(str(tmp_path)) == written
-    assert table["miou"].to_pylist() == [0.4, None, 0.4, 0.5, 0.3]
-    found = earlier_trials([str(tmp_path)], SPACE, MIOU)
-    assert [(one.point["optimizer.lr"], one.values) for one in found] == [(1e-4, [0.4]), (2e-4, [0.3])]
-    assert "warm start: 2 of 5 trials" in capsys.readouterr().out
+    assert table["miou"].to_pylist() == [0.4, None, 0.4, 0.5]
     with pytest.raises(PipelineError, match="There is no finished sweep at"):
-        earlier_trials([str(tmp_path / "none")], SPACE, MIOU)
+        read_trials(str(tmp_path / "none"))
 
 
 def test_the_trials_that_matter_are_shown() -> None:
