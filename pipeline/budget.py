@@ -24,11 +24,14 @@ class Budget(tune.Stopper):
         self.hours, self.device_hours, self.devices = hours, device_hours, devices
         self._seconds = 0.0
         self._looked: float | None = None
-        self._of_trials: dict[str, float] = {}
+        self._device_seconds = 0.0
 
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Note what a trial has cost so far; no single trial is stopped here."""
-        self._of_trials[trial_id] = float(result.get("time_total_s", 0.0)) * self.devices
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:  # noqa: ARG002
+        """Note what a trial has cost since it last reported; no single trial is stopped here.
+
+        Its whole time would not do: Ray Tune counts that anew when it starts a trial again.
+        """
+        self._device_seconds += float(result.get("time_this_iter_s", 0.0)) * self.devices
         return False
 
     def stop_all(self) -> bool:
@@ -37,8 +40,7 @@ class Budget(tune.Stopper):
         if self._looked is not None:
             self._seconds += min(max(now - self._looked, 0.0), _RESTART_GAP)
         self._looked = now
-        spent = sum(self._of_trials.values())
-        return _reached(self._seconds, self.hours) or _reached(spent, self.device_hours)
+        return _reached(self._seconds, self.hours) or _reached(self._device_seconds, self.device_hours)
 
 
 def _reached(seconds: float, hours: float | None) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pipeline import storage
 from pipeline.training import TrainConfig, train
 
-FOLDER = "retrained"
+RETRAINED_FOLDER = "retrained"
 RETRAINED_FILE = "retrained.json"
 
 
@@ -55,7 +55,7 @@ def retrained(run: str, config: TrainConfig, count: int) -> Retrained:
     seeds = [config.seed + number for number in range(count)]
     mious = []
     for seed in seeds:
-        place = storage.join(run, FOLDER, f"seed-{seed}")
+        place = storage.join(run, RETRAINED_FOLDER, f"seed-{seed}")
         mious.append(float(train(dataclasses.replace(config, run=place, seed=seed)).results["miou"]))
     found = Retrained(seeds, mious)
     document = {**dataclasses.asdict(found), "mean": found.mean, "standard_deviation": found.deviation}

@@ -6,7 +6,7 @@ callbacks, but no scheduler (ray 2.60).
 """
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from ray import tune
@@ -25,6 +25,7 @@ from pipeline.search_space import Parameter, SearchSpace
 from pipeline.searchers import FAILURE
 
 SchedulerName = Literal["none", "asha", "hyperband", "pbt", "pb2"]
+POPULATIONS = ("pbt", "pb2")
 REDUCTION = 3  # of the trials at a rung, one in so many goes on
 # Whose change leaves every weight its place; all else that belongs to the model does not.
 _KEEP_WEIGHTS = ("model.drop_path", "model.separation.max_gate")
@@ -79,11 +80,11 @@ class HyperBand(_StopsFailed, HyperBandScheduler):
     Ray's own supposes that all trials are there from the beginning.
 
     Args:
-        places: trials that the cluster holds at a time.
+        places: how many trials the cluster holds at a time, asked anew whenever one could run.
         **options: of `HyperBandScheduler`.
     """
 
-    def __init__(self, places: int, **options: Any) -> None:
+    def __init__(self, places: Callable[[], int], **options: Any) -> None:
         super().__init__(**options)
         self.places = places
 
@@ -107,7 +108,7 @@ class HyperBand(_StopsFailed, HyperBandScheduler):
             if waiting and all(trial.status == Trial.PAUSED for trial in waiting) and bracket.cur_iter_done():
                 self._process_bracket(tune_controller, bracket)  # the searcher has ended since they were paused
         running = [trial for trial in tune_controller.get_trials() if trial.status in (Trial.RUNNING, Trial.PENDING)]
-        if len(running) >= self.places:
+        if len(running) >= self.places():
             return None
         for bracket in sorted(brackets, key=lambda bracket: bracket.completion_percentage()):
             for trial in bracket.current_trials():
@@ -143,7 +144,12 @@ class Pb2(_StopsFailed, _SparesRecipe, PB2):
 
 
 def make_scheduler(
-    name: SchedulerName, space: SearchSpace, iterations: int, evaluate_every: int, grace: int, places: int
+    name: SchedulerName,
+    space: SearchSpace,
+    iterations: int,
+    evaluate_every: int,
+    grace: int,
+    places: int | Callable[[], int],
 ) -> TrialScheduler:
     """The scheduler of a sweep.
 
@@ -151,25 +157,27 @@ def make_scheduler(
         name: which one.
         space: what PBT and PB2 vary.
         iterations, evaluate_every: of a trial.
-        grace: iterations before ASHA stops a trial, and from one exchange of a population to the next.
-        places: trials that the cluster holds at a time.
+        grace: iterations before ASHA stops a trial, and from one exchange of a population to the next; rounded up to
+            the next validation, for off its rungs ASHA would compare trials at each validation.
+        places: trials that the cluster holds at a time; what says so anew where that changes.
 
     Raises:
         WrongCall: if the search space is none for this scheduler, or a package is missing.
     """
+    grace = min(-(-grace // evaluate_every) * evaluate_every, iterations)
     # Limits lie above the last iteration, so that a trial that gets there ends by itself instead of being killed.
     if name == "asha":
-        grace = min(grace, iterations)
         return Asha(time_attr="iteration", max_t=iterations + 1, grace_period=grace, reduction_factor=REDUCTION)
     if name == "hyperband":
         most = -(-iterations // evaluate_every) + 1
-        return HyperBand(places, time_attr="validations", max_t=most, reduction_factor=REDUCTION)
+        now = places if callable(places) else lambda: places
+        return HyperBand(now, time_attr="validations", max_t=most, reduction_factor=REDUCTION)
     if name == "none":
         return Plain()
     check_population(name, space)
     parameters = space.parameters
     clamp = _Clamp(parameters)
-    options: dict[str, Any] = {"time_attr": "iteration", "perturbation_interval": min(grace, iterations)}
+    options: dict[str, Any] = {"time_attr": "iteration", "perturbation_interval": grace}
     options |= {"log_config": False, "custom_explore_fn": clamp}
     if name == "pbt":
         mutations = {name: _mutation(parameter) for name, parameter in parameters.items()}

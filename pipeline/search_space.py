@@ -190,7 +190,10 @@ class SearchSpace:
 
     def default(self) -> dict[str, Any]:
         """The recipe's own value of each parameter that plays a part in it."""
-        config = self.config("unused", "unused", {})
+        return self.point_of(self.config("unused", "unused", {}))
+
+    def point_of(self, config: TrainConfig) -> dict[str, Any]:
+        """What a configuration says of each parameter that plays a part in it; it may lie outside the ranges."""
         point: dict[str, Any] = {}
         for parameter in self.ordered():
             if _holds(parameter, point):

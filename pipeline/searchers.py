@@ -52,7 +52,7 @@ class StudySearcher(Searcher):
         seed: of the draws.
         first: points that are tried before all others, the recipe's own first of all.
         evaluated: points that the study is told of in advance.
-        busy: how many trials now run or are about to. One that is paused holds no resources and does not count.
+        has_room: whether one more trial can run now; asked before each point.
     """
 
     def __init__(
@@ -63,10 +63,10 @@ class StudySearcher(Searcher):
         seed: int,
         first: Sequence[Mapping[str, Any]],
         evaluated: Sequence[Evaluated] = (),
-        busy: Callable[[], int] = lambda: 0,
+        has_room: Callable[[], bool] = lambda: True,
     ) -> None:
         super().__init__(metric=objectives.first, mode=objectives.modes[0])
-        self.space, self.objectives, self.busy = space, objectives, busy
+        self.space, self.objectives, self.has_room = space, objectives, has_room
         self.ends = name == "grid"
         points = [dict(point) for point in first]
         queue = duplicates_left_out([*points, *(space.grid() if self.ends else [])])
@@ -74,12 +74,6 @@ class StudySearcher(Searcher):
         for earlier in evaluated:
             study.add_trial(told_trial(space, earlier.point, list(earlier.values)))
         self._memory = _Study(study, queue)
-        self._most: int | None = None
-
-    def set_max_concurrency(self, max_concurrent: int) -> bool:
-        """Keep to so many trials at a time; Ray Tune's own limiter would count paused ones."""
-        self._most = max_concurrent
-        return True
 
     @property
     def points_left(self) -> int:
@@ -87,9 +81,9 @@ class StudySearcher(Searcher):
         return len(self._memory.queue)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        """The next point; None while enough trials run, `FINISHED` when a grid has no more."""
+        """The next point; None while there is no room, `FINISHED` when a grid has no more."""
         memory = self._memory
-        if self._most is not None and self.busy() >= self._most:
+        if not self.has_room():
             return None
         if memory.queue:
             point = memory.queue.pop(0)

@@ -19,7 +19,7 @@ from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import TrialScheduler
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from pipeline.errors import mendable_cause
+from pipeline.errors import PipelineError, mendable_cause
 from pipeline.objectives import METRICS
 from pipeline.schedulers import Asha
 from pipeline.searchers import FAILURE, PLANNED
@@ -129,6 +129,10 @@ ENDED = ("finished", "stopped", "out_of_budget", *FAILED)
 _STATES = {RayTrial.PENDING: "waiting", RayTrial.RUNNING: "running", RayTrial.PAUSED: "paused"}
 
 
+class NotRestored(PipelineError):
+    """Ray Tune was to go on with trials, and would begin anew: it keeps it to itself when it cannot read them."""
+
+
 class TrialBook(tune.Callback):
     """Keeps a record of every trial, and removes what a trial that was killed has held.
 
@@ -139,10 +143,14 @@ class TrialBook(tune.Callback):
     Args:
         planned_iterations, devices: of each trial, as in `TrialRecord`.
         scheduler: of the sweep; what it knows is kept here, where it needs that to go on after a restart.
+        resumes: whether Ray Tune is to go on with what a driver that was killed has written down.
     """
 
-    def __init__(self, planned_iterations: int, devices: float, scheduler: TrialScheduler) -> None:
-        self.planned_iterations, self.devices, self.scheduler = planned_iterations, devices, scheduler
+    def __init__(
+        self, planned_iterations: int, devices: float, scheduler: TrialScheduler, resumes: bool = False
+    ) -> None:
+        self.planned_iterations, self.devices = planned_iterations, devices
+        self.scheduler, self.resumes = scheduler, resumes
         self.lock = threading.Lock()
         self._records: dict[str, TrialRecord] = {}
         self._held: dict[str, str] = {}
@@ -160,7 +168,16 @@ class TrialBook(tune.Callback):
         return sum(trial.status in (RayTrial.PENDING, RayTrial.RUNNING) for trial in self._trials)
 
     def on_step_begin(self, iteration: int, trials: list[RayTrial], **info: Any) -> None:  # noqa: ARG002
-        """Note which trials there are, and which of them run."""
+        """Note which trials there are, and which of them run.
+
+        Raises:
+            NotRestored: before there is any new trial, if those that are to be gone on with are not there.
+        """
+        if self.resumes and not self._trials and (not trials or not self._records):
+            raise NotRestored(
+                "Ray Tune's state of the trials is damaged, or of another version, so none of them was touched: start "
+                "afresh with --new true, or choose another place."
+            )
         self._trials = trials
         now = time.monotonic()
         for trial in trials:

@@ -42,6 +42,16 @@ def test_asha_saves_most_of_the_steps_and_finds_the_best_or_nearly() -> None:
         assert found > max(curve[-1] for curve in known) - 0.06
 
 
+def test_asha_compares_trials_at_validations_alone_whatever_the_grace() -> None:
+    """Ray's own, with rungs at 1, 3, 9 and 27 iterations and a validation every ten, would halve at 10, 20 and 30."""
+    for grace, first in ((1, 1), (10, 1), (11, 2), (25, 3), (10_000, 9)):
+        found = make_scheduler("asha", SearchSpace({}, {}, LR), 90, 10, grace, 1)
+        swept = SimulatedSweep(found, curves(60, 9), places=1, every=10)
+        ended = {trial.steps for trial in swept.run()}
+        assert ended <= {first * 3**rung for rung in range(3)} | {9}
+        assert min(ended) == first
+
+
 def test_asha_never_stops_the_recipe_itself() -> None:
     known = curves(30, 9)
     known[0] = [0.0] * 9
@@ -88,6 +98,23 @@ def test_hyperband_halves_a_bracket_only_when_it_is_full() -> None:
     assert ended[0] == [9, 9, 9]
     assert sorted(ended[1]) == [3, 3, 3, 9, 9]
     assert sorted(ended[2]) == [1, 1, 1, 1, 1, 1, 3, 3, 9]
+
+
+def test_hyperband_uses_places_that_a_cluster_has_only_got() -> None:
+    places, running = 1, []
+
+    class Growing(SimulatedSweep):
+        def _report(self, trial: SimulatedTrial) -> None:
+            nonlocal places
+            running.append(sum(trial.status == Trial.RUNNING for trial in self.trials))
+            places = 1 if len(running) < 10 else 4
+            self.places = places
+            super()._report(trial)
+
+    found = make_scheduler("hyperband", SearchSpace({}, {}, LR), 90, 10, 10, lambda: places)
+    Growing(found, curves(40, 9), places=1, every=10).run()
+    assert set(running[:10]) == {1}
+    assert max(running) == 4
 
 
 def test_hyperband_takes_up_restored_trials_where_they_were() -> None:

@@ -86,12 +86,10 @@ def test_a_grid_tries_every_point_once_the_recipe_first_and_ends() -> None:
 
 
 def test_no_more_trials_run_than_there_is_room_for() -> None:
-    busy = 0
-    found = searcher(busy=lambda: busy)
-    assert found.set_max_concurrency(2)
-    busy = 2
+    room = False
+    found = searcher(has_room=lambda: room)
     assert found.suggest("0") is None
-    busy = 1
+    room = True
     assert found.suggest("0") is not None
 
 

@@ -18,7 +18,9 @@ from ray.util import placement_group_table
 
 from pipeline import storage
 from pipeline.command_line import WrongCall, load, read_yaml
+from pipeline.errors import PipelineError
 from pipeline.ingest import IngestConfig, ingest
+from pipeline.lease import Held, Lease
 from pipeline.run_record import read_record
 from pipeline.schedulers import Asha, Pbt
 from pipeline.street_scenes import write_street_scenes
@@ -228,6 +230,63 @@ def test_after_a_killed_driver_the_same_sweep_goes_on_and_runs_no_finished_trial
         assert len(history["starts"]) == 1, "a finished trial is not trained again"
     assert all(trial.state == "finished" for trial in trials)
     await_release()
+
+
+def test_a_sweep_whose_state_is_damaged_keeps_the_trials_that_it_has(scenes: str, tmp_path: Path) -> None:
+    """Ray Tune itself says nothing of it, and begins anew."""
+    config = config_of(scenes, tmp_path)
+    for name in ("experiment_state-2026.json", "callback-states-2026.pkl", "search_gen_state-2026.json"):
+        storage.write_bytes(storage.join(config.run, "tune", name), b"damaged")
+    storage.write_bytes(storage.join(config.run, "trials", "a", "history.json"), b"{}")
+    before = {found.url for found in storage.list_objects(config.run)}
+    with pytest.raises(PipelineError, match="Ray Tune's state of the trials is damaged"):
+        sweep(config)
+    after = {found.url.removeprefix(f"{config.run}/") for found in storage.list_objects(config.run)}
+    assert after - {"run.json", "lease.json"} == {url.removeprefix(f"{config.run}/") for url in before}
+    await_release()
+
+
+def test_of_two_drivers_the_second_leaves_the_trials_alone(scenes: str, tmp_path: Path) -> None:
+    config = config_of(scenes, tmp_path)
+    with Lease(config.run, "sweep of another driver"), pytest.raises(Held, match="run sweep of another driver"):
+        sweep(config)
+    assert read_record(config.run) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"warm_start": ["/nowhere"]}, "There is no finished sweep at /nowhere"),
+        ({"scheduler": "pbt", "searcher": "random", "trials": 100}, "trains its 100 trials side by side"),
+    ],
+)
+def test_a_sweep_that_is_to_replace_another_is_refused_before_that_is_deleted(
+    scenes: str, tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
+    config = config_of(scenes, tmp_path, new=True, **changes)
+    names = ("trials.parquet", "tune/experiment_state-1.json", "trials/a/history.json", "retrained.json")
+    for name in names:
+        storage.write_bytes(storage.join(config.run, name), b"earlier")
+    with pytest.raises(PipelineError, match=says):
+        sweep(config)
+    assert all(storage.exists(storage.join(config.run, name)) for name in names)
+
+
+def test_a_sweep_that_replaces_another_deletes_what_was_trained_again_too(
+    scenes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(scenes, tmp_path, new=True)
+    for name in ("retrained.json", "retrained/seed-0/model/config.json"):
+        storage.write_bytes(storage.join(config.run, name), b"earlier")
+
+    def stops(*_: Any) -> None:
+        raise PipelineError("far enough")
+
+    monkeypatch.setattr("pipeline.sweep.run_trials", stops)
+    with pytest.raises(PipelineError, match="far enough"):
+        sweep(config)
+    assert not storage.exists(storage.join(config.run, "retrained"))
+    assert not storage.exists(storage.join(config.run, "retrained.json"))
 
 
 @pytest.mark.heavy

@@ -21,9 +21,9 @@ from pipeline.searchers import FAILURE, PLANNED
 from pipeline.storage_errors import StorageError, StorageOutage
 from pipeline.training import TrainConfig
 from pipeline.trial import ERROR, PARENT, RUN, Pointer, _place, failure_of, gflops
-from pipeline.trial_book import TRIALS_SCHEMA, TrialBook, TrialRecord
+from pipeline.trial_book import TRIALS_SCHEMA, NotRestored, TrialBook, TrialRecord
 from pipeline.trial_table import trial_line, trial_table
-from pipeline.warm_start import TRIALS_FILE, earlier_trials, read_trials
+from pipeline.warm_start import TRIALS_FILE, read_trials
 from rssnet import CrossAttentionConfig, RSSNetConfig
 
 SPACE = SearchSpace({}, {}, {"optimizer.lr": {"loguniform": [1e-5, 1e-3]}})
@@ -93,8 +93,8 @@ class RayTrial:
         return self.error
 
 
-def book() -> TrialBook:
-    return TrialBook(100, 2.0, make_scheduler("asha", SPACE, 100, 10, 10, 2))
+def book(resumes: bool = False) -> TrialBook:
+    return TrialBook(100, 2.0, make_scheduler("asha", SPACE, 100, 10, 10, 2), resumes)
 
 
 def said(iteration: int, miou: float, **others: Any) -> dict[str, Any]:
@@ -160,6 +160,22 @@ def test_a_driver_that_takes_over_goes_on_with_the_book() -> None:
     assert after.get_state()["scheduler"] == before.get_state()["scheduler"] != book().get_state()["scheduler"]
 
 
+def test_a_book_that_is_to_go_on_refuses_to_begin_anew() -> None:
+    before, trial = book(), RayTrial("a", lr=1)
+    given: Any = [trial]
+    before.on_step_begin(0, given)
+    for state, trials in ((None, []), (None, given), (before.get_state(), [])):
+        after = book(resumes=True)
+        if state is not None:
+            after.set_state(state)
+        with pytest.raises(NotRestored, match="none of them was touched"):
+            after.on_step_begin(0, trials)
+    restored = book(resumes=True)
+    restored.set_state(before.get_state())
+    restored.on_step_begin(0, given)
+    assert restored.trials == before.trials
+
+
 def record(number: int, state: str = "finished", miou: float = 0.4, lr: float = 1e-4) -> TrialRecord:
     parameters = {"optimizer.lr": lr}
     curve = [{"iteration": 50, "miou": miou / 2, "loss": 2.0}, {"iteration": 100, "miou": miou, "loss": 1.0}]
@@ -167,20 +183,14 @@ def record(number: int, state: str = "finished", miou: float = 0.4, lr: float = 
     return TrialRecord(number, f"id{number}", parameters, 100, 2.0, state, curve, 10.0, 5.0, error, [], "s3://run")
 
 
-def test_trials_are_read_as_they_were_written_and_those_that_fit_are_learnt_from(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_trials_are_read_as_they_were_written(tmp_path: Path) -> None:
     written = [record(0), record(1, "failed"), record(2, "stopped"), record(3, miou=0.5, lr=1.0)]
-    written += [record(4, miou=0.3, lr=2e-4)]
     table = pa.Table.from_pylist([one.row(on_front=False) for one in written], schema=TRIALS_SCHEMA)
     pq.write_table(table, tmp_path / TRIALS_FILE)
     assert read_trials(str(tmp_path)) == written
-    assert table["miou"].to_pylist() == [0.4, None, 0.4, 0.5, 0.3]
-    found = earlier_trials([str(tmp_path)], SPACE, MIOU)
-    assert [(one.point["optimizer.lr"], one.values) for one in found] == [(1e-4, [0.4]), (2e-4, [0.3])]
-    assert "warm start: 2 of 5 trials" in capsys.readouterr().out
+    assert table["miou"].to_pylist() == [0.4, None, 0.4, 0.5]
     with pytest.raises(PipelineError, match="There is no finished sweep at"):
-        earlier_trials([str(tmp_path / "none")], SPACE, MIOU)
+        read_trials(str(tmp_path / "none"))
 
 
 def test_the_trials_that_matter_are_shown() -> None:
@@ -203,11 +213,11 @@ def test_a_budget_ends_a_sweep_when_it_is_spent(monkeypatch: pytest.MonkeyPatch)
     assert not any(budget.stop_all() for budget in (wall, devices, none))
     now += 35
     assert not wall.stop_all()
-    assert not devices("a", {"time_total_s": 20})
-    devices("b", {"time_total_s": 10})
-    devices("a", {"time_total_s": 25})  # its whole time so far, not more of it
+    assert not devices("a", {"time_this_iter_s": 15, "time_total_s": 15})
+    devices("b", {"time_this_iter_s": 10, "time_total_s": 10})
+    devices("a", {"time_this_iter_s": 10, "time_total_s": 10})  # it has failed, and was started again
     assert not devices.stop_all()
-    devices("b", {"time_total_s": 11})
+    devices("b", {"time_this_iter_s": 1, "time_total_s": 11})
     now += 1
     assert wall.stop_all()
     assert devices.stop_all()
