@@ -62,7 +62,8 @@ def test_trials_that_ran_to_their_end_within_the_space_are_learnt_from(
 
 def test_a_sweep_over_other_fields_is_learnt_from_where_the_others_are_as_they_are_here(tmp_path: Path) -> None:
     earlier = {LR: RANGES[LR], DECAY: {"choice": [0.05, 0.1]}}
-    run = write_sweep(tmp_path, earlier, [trial(0, **{LR: 1e-4, DECAY: 0.05}), trial(1, **{LR: 2e-4, DECAY: 0.1})])
+    given: list[dict[str, Any]] = [{LR: 1e-4, DECAY: 0.05}, {LR: 2e-4, DECAY: 0.1}]
+    run = write_sweep(tmp_path, earlier, [trial(number, **point) for number, point in enumerate(given)])
     assert learnt(run, RANGES) == [({LR: 1e-4, SCALE: (0.5, 2.0)}, [0.4])], "what it lacks is what it was trained with"
     assert learnt(run, RANGES, optimizer={"weight_decay": 0.1}) == [({LR: 2e-4, SCALE: (0.5, 2.0)}, [0.4])]
     assert learnt(run, {LR: RANGES[LR]}, optimizer={"weight_decay": 0.2}) == []
