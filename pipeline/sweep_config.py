@@ -29,7 +29,7 @@ class SweepConfig:
         trials: how many configurations to try.
         hours: of wall time, after which the sweep ends with what it has.
         device_hours: of GPUs, or without any of CPUs, that all trials may take; looked at with each validation.
-        objective: metric that is looked for: miou, macc, aacc, loss, images_per_second (of training) or gflops (of one
+        objective: metric that is looked for: miou, macc, aacc, images_per_second (of training) or gflops (of one
             image). Of two, the report has the Pareto front, and the first one decides what is stopped and what is best.
         searcher: random, grid for every combination, or optuna for a tree-structured Parzen estimator.
         scheduler: none; asha to stop weak trials early; hyperband, which compares them in groups; pbt or pb2 to go on
@@ -106,7 +106,7 @@ def search_space(config: SweepConfig) -> SearchSpace:
             f"The scheduler {config.scheduler} begins with points drawn at random and moves them itself, so that the "
             f"searcher cannot be {config.searcher}: give --searcher random."
         )
-    make_scheduler(config.scheduler, space, 1, 1, 1, 1)  # refuses what it cannot search
+    make_scheduler(config.scheduler, space, 1, 1, 1, places=1)  # refuses what it cannot search
     if len(objectives.names) > 1 and config.scheduler == "hyperband":
         raise WrongCall("The scheduler hyperband compares trials by one objective: give one, or take asha or none.")
     return space

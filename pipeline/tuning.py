@@ -193,7 +193,10 @@ def places_now(config: SweepConfig, resources: ResourcesConfig) -> int:
 
 
 def delete_unneeded(config: SweepConfig, trials: list[TrialRecord]) -> None:
-    """Delete what has served its purpose: what a population kept to exchange, and trials of before a restart."""
+    """Delete what has served its purpose: trials of before a restart, and checkpoints that none will go on from.
+
+    A finished trial has its model; one that was stopped keeps the last checkpoint, for it has nothing else.
+    """
     folder = storage.join(config.run, TRIALS_FOLDER)
     by_id = {trial.trial_id: trial for trial in trials}
     for name in {found.url[len(folder) :].strip("/").partition("/")[0] for found in storage.list_objects(folder)}:
@@ -201,5 +204,5 @@ def delete_unneeded(config: SweepConfig, trials: list[TrialRecord]) -> None:
         trial = by_id.get(name.partition("-")[0])
         if trial is None or (trial.run and trial.run != place):
             storage.delete(place)
-        elif config.scheduler in POPULATIONS:
+        elif trial.state == "finished" or config.scheduler in POPULATIONS:
             storage.delete(storage.join(place, CHECKPOINTS_FOLDER))

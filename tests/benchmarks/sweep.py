@@ -315,7 +315,9 @@ its first step, without building the model.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="the CamVid folder; without it, only what needs none")
+    parser.add_argument(
+        "--data", type=lambda text: Path(text) if text else None, help="the CamVid folder; without it, the rest alone"
+    )
     parser.add_argument("--record", action="store_true", help="only write the curves that are simulated with")
     arguments = parser.parse_args()
     device = torch.device("cpu")
