@@ -6,6 +6,7 @@ callbacks, but no scheduler (ray 2.60).
 """
 
 import importlib.util
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -26,7 +27,11 @@ from pipeline.searchers import FAILURE
 
 SchedulerName = Literal["none", "asha", "hyperband", "pbt", "pb2"]
 POPULATIONS = ("pbt", "pb2")
-REDUCTION = 3  # of the trials at a rung, one in so many goes on
+# Of the trials at a rung one in so many goes on: as by Li et al. 2020 and 2018.
+ASHA_REDUCTION, HYPERBAND_REDUCTION = 4, 3
+# Of a training, before any trial is stopped. Ranks of less than that say little of the last ones: on recorded curves
+# (tests/benchmarks/results/sweep-cpu.md) a ninth loses the best trial six times as often as this.
+GRACE = 1 / 7
 # Whose change leaves every weight its place; all else that belongs to the model does not.
 _KEEP_WEIGHTS = ("model.drop_path", "model.separation.max_gate")
 _NOT_FOR_POPULATIONS = ("model.", "resources.", "iterations", "evaluate_every", "checkpoint_every")
@@ -148,7 +153,7 @@ def make_scheduler(
     space: SearchSpace,
     iterations: int,
     evaluate_every: int,
-    grace: int,
+    grace: int | None,
     places: int | Callable[[], int],
 ) -> TrialScheduler:
     """The scheduler of a sweep.
@@ -157,21 +162,23 @@ def make_scheduler(
         name: which one.
         space: what PBT and PB2 vary.
         iterations, evaluate_every: of a trial.
-        grace: iterations before ASHA stops a trial, and from one exchange of a population to the next; rounded up to
-            the next validation, for off its rungs ASHA would compare trials at each validation.
+        grace: iterations before ASHA stops a trial, and from one exchange of a population to the next; by itself
+            `GRACE` of the training. Rounded up to the next validation, for off its rungs ASHA would compare trials at
+            each validation.
         places: trials that the cluster holds at a time; what says so anew where that changes.
 
     Raises:
         WrongCall: if the search space is none for this scheduler, or a package is missing.
     """
+    grace = grace or math.ceil(GRACE * iterations)
     grace = min(-(-grace // evaluate_every) * evaluate_every, iterations)
     # Limits lie above the last iteration, so that a trial that gets there ends by itself instead of being killed.
     if name == "asha":
-        return Asha(time_attr="iteration", max_t=iterations + 1, grace_period=grace, reduction_factor=REDUCTION)
+        return Asha(time_attr="iteration", max_t=iterations + 1, grace_period=grace, reduction_factor=ASHA_REDUCTION)
     if name == "hyperband":
         most = -(-iterations // evaluate_every) + 1
         now = places if callable(places) else lambda: places
-        return HyperBand(now, time_attr="validations", max_t=most, reduction_factor=REDUCTION)
+        return HyperBand(now, time_attr="validations", max_t=most, reduction_factor=HYPERBAND_REDUCTION)
     if name == "none":
         return Plain()
     check_population(name, space)

@@ -35,7 +35,7 @@ class SweepConfig:
         scheduler: none; asha to stop weak trials early; hyperband, which compares them in groups; pbt or pb2 to go on
             with the weights of better trials and changed parameters, with all trials side by side.
         grace_iterations: iterations that every trial may run before asha can stop it, and from one exchange of pbt and
-            pb2 to the next.
+            pb2 to the next; rounded up to a validation. Without it a seventh of the training.
         concurrent_trials: trials at the same time; 0 for as many as the cluster holds, looked at again and again. For a
             trial that has no room none is asked for, but for the first one. So give a number on a cluster that grows on
             demand, for instance from zero: it grows until so many have room.
@@ -58,7 +58,7 @@ class SweepConfig:
     objective: str | list[str] = "miou"
     searcher: SearcherName = "optuna"
     scheduler: SchedulerName = "asha"
-    grace_iterations: int = 1000
+    grace_iterations: int | None = None
     concurrent_trials: int = field(default=0, metadata={"identity": False})
     retrain: int = field(default=0, metadata={"identity": False})
     seed: int = 0
@@ -77,9 +77,10 @@ def search_space(config: SweepConfig) -> SearchSpace:
         WrongCall: what `SearchSpace` raises, and for parts of the configuration that do not go together.
     """
     space = SearchSpace(read_yaml(config.base) if config.base else {}, config.fixed, config.space)
-    for name in ("trials", "grace_iterations"):
-        if getattr(config, name) < 1:
-            raise WrongCall(f"{name} is {getattr(config, name)}: give 1 or more.")
+    if config.trials < 1:
+        raise WrongCall(f"trials is {config.trials}: give 1 or more.")
+    if config.grace_iterations is not None and config.grace_iterations < 1:
+        raise WrongCall(f"grace_iterations is {config.grace_iterations}: give 1 or more, or leave it out.")
     for name in ("concurrent_trials", "retrain"):
         if getattr(config, name) < 0:
             raise WrongCall(f"{name} is {getattr(config, name)}: give 0 or more.")

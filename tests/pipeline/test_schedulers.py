@@ -11,7 +11,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
 from pipeline.command_line import WrongCall
-from pipeline.schedulers import Asha, HyperBand, Pbt, SchedulerName, make_scheduler
+from pipeline.schedulers import ASHA_REDUCTION, Asha, HyperBand, Pbt, SchedulerName, make_scheduler
 from pipeline.search_space import SearchSpace
 from pipeline.searchers import FAILURE
 from tests.simulated_sweep import SimulatedSweep, SimulatedTrial
@@ -44,11 +44,11 @@ def test_asha_saves_most_of_the_steps_and_finds_the_best_or_nearly() -> None:
 
 def test_asha_compares_trials_at_validations_alone_whatever_the_grace() -> None:
     """Ray's own, with rungs at 1, 3, 9 and 27 iterations and a validation every ten, would halve at 10, 20 and 30."""
-    for grace, first in ((1, 1), (10, 1), (11, 2), (25, 3), (10_000, 9)):
+    for grace, first in ((1, 1), (10, 1), (11, 2), (25, 3), (10_000, 9), (None, 2)):
         found = make_scheduler("asha", SearchSpace({}, {}, LR), 90, 10, grace, 1)
         swept = SimulatedSweep(found, curves(60, 9), places=1, every=10)
         ended = {trial.steps for trial in swept.run()}
-        assert ended <= {first * 3**rung for rung in range(3)} | {9}
+        assert ended <= {first * ASHA_REDUCTION**rung for rung in range(3)} | {9}
         assert min(ended) == first
 
 
