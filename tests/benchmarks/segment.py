@@ -45,6 +45,7 @@ HEIGHT, WIDTH = 360, 480
 BATCH = 8
 SMALL = 64  # pixels of a side of the images of which many are segmented
 COUNTS = (1_000, 5_000, 10_000)
+WARM = 500  # of them, after which Ray has all the processes that it will have
 OBJECTS, FOLDERS, PENDING = 10_000_000, 100, 1_000
 TARGET = {"cpu": 0.85, "cuda": 0.9}
 
@@ -123,6 +124,7 @@ def end_to_end(model: str, images: str, out: str, device: str, warm: str) -> dic
         "again": again,
         "driver_mib": driver,
         "all_mib": memory.peak,
+        "processes": memory.processes,
     }
 
 
@@ -130,7 +132,7 @@ class _Memory:
     """The most memory that this process and those below it have had at a time, in MiB; what they share counts once."""
 
     def __init__(self) -> None:
-        self.peak = 0.0
+        self.peak, self.processes = 0.0, 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -145,13 +147,15 @@ class _Memory:
     def _watch(self) -> None:
         this = psutil.Process()
         while not self._stop.wait(1.0):
-            total = 0
+            total, count = 0, 0
             for process in (this, *this.children(recursive=True)):
                 try:
                     total += process.memory_full_info().pss
                 except psutil.NoSuchProcess:
                     continue
-            self.peak = max(self.peak, total / 2**20)
+                count += 1
+            if total / 2**20 > self.peak:
+                self.peak, self.processes = total / 2**20, count
 
 
 def listing(folder: str) -> dict[str, float]:
@@ -218,7 +222,7 @@ def speed(folder: Path, count: int, device: str) -> str:
 def growth(folder: Path, device: str) -> str:
     """The table of the second part."""
     rows, seconds = [], {}
-    write_images("s3://bench/warm-small", 2 * BATCH, SMALL, SMALL)
+    write_images("s3://bench/warm-small", WARM, SMALL, SMALL)
     for count in COUNTS:
         images = f"s3://bench/small{count}"
         write_images(images, count, SMALL, SMALL)
@@ -235,13 +239,14 @@ def growth(folder: Path, device: str) -> str:
         seconds[count] = found["seconds"]
         rows.append(
             f"| {count:,} | {found['seconds']:.1f} | {count / found['seconds']:.1f} | {found['again']:.1f} | "
-            f"{100 * found['again'] / found['seconds']:.1f} % | {found['driver_mib']:.0f} | {found['all_mib']:.0f} |"
+            f"{100 * found['again'] / found['seconds']:.1f} % | {found['driver_mib']:.0f} | {found['all_mib']:.0f} | "
+            f"{found['processes']} |"
         )
         print(rows[-1], flush=True)
     ratio = seconds[COUNTS[-1]] / seconds[COUNTS[-2]]
     return f"Images of {SMALL} x {SMALL}, a tiny model, a local S3 server on the same cores:\n\n" + (
-        "| images | s | images/s | second run, s | share | driver's peak memory, MiB | of all processes, MiB |\n"
-        "|---|---|---|---|---|---|---|\n"
+        "| images | s | images/s | second run, s | share | driver's peak memory, MiB | of all processes, MiB | processes |\n"
+        "|---|---|---|---|---|---|---|---|\n"
         + "\n".join(rows)
         + f"\n\nTwice as many images take {ratio:.2f} times as long ({COUNTS[-2]:,} and {COUNTS[-1]:,})."
     )
