@@ -245,7 +245,8 @@ def growth(folder: Path, device: str) -> str:
         print(rows[-1], flush=True)
     ratio = seconds[COUNTS[-1]] / seconds[COUNTS[-2]]
     return f"Images of {SMALL} x {SMALL}, a tiny model, a local S3 server on the same cores:\n\n" + (
-        "| images | s | images/s | second run, s | share | driver's peak memory, MiB | of all processes, MiB | processes |\n"
+        "| images | s | images/s | second run, s | share | driver's peak memory, MiB | of all processes, MiB "
+        "| processes |\n"
         "|---|---|---|---|---|---|---|---|\n"
         + "\n".join(rows)
         + f"\n\nTwice as many images take {ratio:.2f} times as long ({COUNTS[-2]:,} and {COUNTS[-1]:,})."
