@@ -29,7 +29,7 @@ class SweepConfig:
         trials: how many configurations to try.
         hours: of wall time, after which the sweep ends with what it has.
         device_hours: of GPUs, or without any of CPUs, that all trials may take; looked at with each validation.
-        objective: metric that is looked for: miou, macc, aacc, loss, images_per_second (of training) or gflops (of one
+        objective: metric that is looked for: miou, macc, aacc, images_per_second (of training) or gflops (of one
             image). Of two, the report has the Pareto front, and the first one decides what is stopped and what is best.
         searcher: random, grid for every combination, or optuna for a tree-structured Parzen estimator.
         scheduler: none; asha to stop weak trials early; hyperband, which compares them in groups; pbt or pb2 to go on
@@ -66,7 +66,7 @@ class SweepConfig:
 
     @property
     def objectives(self) -> Objectives:
-        """What is looked for; raises `WrongCall` for what trials do not report."""
+        """What is looked for; raises `WrongCall` for what cannot be looked for."""
         return Objectives((self.objective,) if isinstance(self.objective, str) else tuple(self.objective))
 
 

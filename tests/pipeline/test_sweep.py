@@ -322,7 +322,8 @@ def test_a_budget_ends_a_sweep_with_what_it_has(scenes: str, tmp_path: Path) -> 
         ({"trials": 0}, "trials is 0: give 1 or more"),
         ({"hours": 0.0}, "hours is 0.0: give more than 0"),
         ({"retrain": -1}, "retrain is -1: give 0 or more"),
-        ({"objective": "speed"}, "The objective 'speed' is none that trials report"),
+        ({"objective": "speed"}, "The objective 'speed' is none that can be looked for"),
+        ({"objective": ["miou", "loss"]}, "The objective 'loss' is none that can be looked for"),
         (
             {"points": [{"optimizer.lr": 1.0}]},
             "points[0] is no point of the search space: optimizer.lr is 1.0",
