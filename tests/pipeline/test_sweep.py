@@ -115,6 +115,8 @@ def test_a_sweep_leaves_its_trials_its_best_and_nothing_that_runs(
     assert all(trial.device_seconds > 0 and trial.metrics["images_per_second"] > 0 for trial in trials)
     table = pq.read_table(tmp_path / "sweep" / "trials.parquet")
     assert any(table["on_front"].to_pylist())
+    assert not list((tmp_path / "sweep").rglob("state.pt")), "checkpoints of trials that have ended"
+    assert (tmp_path / "sweep" / "trials" / trials[0].trial_id / "model" / "config.json").exists()
     best = load(TrainConfig, read_yaml(f"{config.run}/best.yaml"), {"run": "elsewhere"})
     assert best.optimizer.lr == pytest.approx(trials[record.results["best_trial"]].parameters["optimizer.lr"])
     assert "<h2>Pareto front</h2>" in (tmp_path / "sweep" / "report.html").read_text()

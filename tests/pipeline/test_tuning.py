@@ -104,3 +104,16 @@ def test_as_many_trials_run_as_the_cluster_now_holds_or_as_were_asked_for(monkey
     assert found == [[1, 3], [1, 3], [3, 3]]
     there.update(CPU=9.0)
     assert tuning.places_now(config, ResourcesConfig(cpus_per_worker=0.5)) == 9 // (0.5 + FEEDING_CPUS + 0.1)
+
+
+def test_of_trials_that_have_ended_the_models_stay_and_the_checkpoints_go(bucket: str) -> None:
+    """And all that belongs to no trial, as of before a restart, or that a population has left behind."""
+    names = ("a", "b-1", "b-2", "c")
+    for name in names:
+        for file in ("model/config.json", "checkpoints/c1/state.pt"):
+            storage.write_bytes(storage.join(bucket, "trials", name, file), b"x")
+    trials = [TrialRecord(0, "a", {}, 9, 1.0, "finished", run=f"{bucket}/trials/a")]
+    trials += [TrialRecord(1, "b", {}, 9, 1.0, "finished", run=f"{bucket}/trials/b-2")]
+    tuning.delete_unneeded(SweepConfig("d", bucket, space=LR), trials)
+    left = [found.url.removeprefix(f"{bucket}/trials/") for found in storage.list_objects(bucket)]
+    assert left == ["a/model/config.json", "b-2/model/config.json"]
