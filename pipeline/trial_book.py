@@ -16,12 +16,11 @@ import pyarrow as pa
 import yaml
 from ray import PlacementGroupID, tune
 from ray.tune.experiment import Trial as RayTrial
-from ray.tune.schedulers import TrialScheduler
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from pipeline.errors import PipelineError, mendable_cause
 from pipeline.objectives import METRICS
-from pipeline.schedulers import Asha
+from pipeline.schedulers import SweepScheduler
 from pipeline.searchers import FAILURE, PLANNED
 from pipeline.train_loop import PLACEMENT_GROUP
 from pipeline.trial import ERROR, PARENT, RUN, is_out_of_memory
@@ -151,7 +150,7 @@ class TrialBook(tune.Callback):
         self,
         planned_iterations: int,
         devices: float,
-        scheduler: TrialScheduler,
+        scheduler: SweepScheduler,
         resumes: bool = False,
         over: Callable[[TrialRecord], None] | None = None,
     ) -> None:
@@ -263,14 +262,14 @@ class TrialBook(tune.Callback):
         for record in over:
             if self.over is not None and record.run:
                 self.over(record)
-        known = self.scheduler.known() if isinstance(self.scheduler, Asha) else None
-        return {"records": [dataclasses.asdict(record) for record in self._records.values()], "scheduler": known}
+        records = [dataclasses.asdict(record) for record in self._records.values()]
+        return {"records": records, "scheduler": self.scheduler.known()}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on with what a driver that was killed has written down."""
         records = [TrialRecord(**values) for values in state["records"]]
         self._records = {record.trial_id: record for record in records}
-        if isinstance(self.scheduler, Asha) and state["scheduler"] is not None:
+        if state["scheduler"] is not None:
             self.scheduler.recall(state["scheduler"])
 
     def _record(self, trial: RayTrial) -> TrialRecord:
