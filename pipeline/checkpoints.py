@@ -127,8 +127,7 @@ class Checkpoints:
         """Delete what killed uploads have left."""
         folder = storage.join(self.run, CHECKPOINTS_FOLDER)
         finished = {Path(reported.checkpoint.path).name for reported in ray.train.get_all_reported_checkpoints()}
-        there = [found.url[len(folder) :].strip("/").split("/") for found in storage.list_objects(folder)]
-        for name in {parts[0] for parts in there if len(parts) > 1} - finished:  # what has one part is Ray's own
+        for name in set(storage.folder_names(folder)) - finished:
             storage.delete(storage.join(folder, name))
 
 

@@ -7,33 +7,33 @@ from typing import Any, Literal
 
 from pipeline.command_line import WrongCall
 
-# What a trial reports, and whether more of it is better.
-METRICS: dict[str, Literal["max", "min"]] = {
+# What a trial reports.
+METRICS = ("miou", "macc", "aacc", "loss", "images_per_second", "gflops")
+# Of these, what can be looked for, and whether more of it is better. The loss is none: where its weights are searched,
+# the least is that of a training without supervisions.
+OBJECTIVES: dict[str, Literal["max", "min"]] = {
     "miou": "max",
     "macc": "max",
     "aacc": "max",
-    "loss": "min",
     "images_per_second": "max",
     "gflops": "min",
 }
-# The loss is told, but not looked for: it is a sum of supervisions, and least where the search switches them off.
-SOUGHT = tuple(name for name in METRICS if name != "loss")
 
 
 @dataclass(frozen=True)
 class Objectives:
-    """One or two of `SOUGHT`; of two the first one decides which trials are stopped early, and which one is `best`.
+    """One or two of `OBJECTIVES`; of two the first one decides which trials are stopped early, and which one is `best`.
 
     Raises:
-        WrongCall: naming what is none of these.
+        WrongCall: naming what is no objective.
     """
 
     names: tuple[str, ...]
 
     def __post_init__(self) -> None:
         for name in self.names:
-            if name not in SOUGHT:
-                raise WrongCall(f"The objective {name!r} is none that can be looked for: give {', '.join(SOUGHT)}.")
+            if name not in OBJECTIVES:
+                raise WrongCall(f"The objective {name!r} is none that can be looked for: give {', '.join(OBJECTIVES)}.")
         if not 1 <= len(self.names) <= 2 or len(set(self.names)) != len(self.names):
             raise WrongCall(f"The objective is {list(self.names)}: give one metric, or two different ones.")
 
@@ -45,7 +45,7 @@ class Objectives:
     @property
     def modes(self) -> list[Literal["max", "min"]]:
         """Of each objective, `max` or `min`."""
-        return [METRICS[name] for name in self.names]
+        return [OBJECTIVES[name] for name in self.names]
 
     def values(self, metrics: Mapping[str, Any]) -> list[float] | None:
         """The objectives among metrics; None if one is missing or not finite."""

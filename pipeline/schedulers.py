@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import pandas as pd
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import (
@@ -37,19 +38,26 @@ _KEEP_WEIGHTS = ("model.drop_path", "model.separation.max_gate")
 _NOT_FOR_POPULATIONS = ("model.", "resources.", "iterations", "evaluate_every", "checkpoint_every")
 
 
-class _StopsFailed(TrialScheduler):
-    """What all schedulers here have in common: a trial that reports its own failure is over."""
+class SweepScheduler(TrialScheduler):
+    """What all schedulers here have in common: a trial that reports its own failure is over, and knowledge is kept."""
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """What becomes of a trial that has reported."""
         return TrialScheduler.STOP if FAILURE in result else super().on_trial_result(tune_controller, trial, result)
 
+    def known(self) -> Any:
+        """What a driver that takes over has to be told with `recall`, if anything: it can be pickled."""
+        return None
 
-class Plain(_StopsFailed, FIFOScheduler):
+    def recall(self, known: Any) -> None:
+        """Take up what a driver that was killed had known."""
+
+
+class Plain(SweepScheduler, FIFOScheduler):
     """Every trial runs to its end, except for one that has failed."""
 
 
-class Asha(_StopsFailed, ASHAScheduler):
+class Asha(SweepScheduler, ASHAScheduler):
     """Asynchronous successive halving (Li et al. 2020) that lets the first trial, the recipe itself, run to its end.
 
     So whatever is best is known to beat the recipe, and not only a part of its training.
@@ -79,7 +87,7 @@ class Asha(_StopsFailed, ASHAScheduler):
             bracket._rungs = rungs
 
 
-class HyperBand(_StopsFailed, HyperBandScheduler):
+class HyperBand(SweepScheduler, HyperBandScheduler):
     """Ray's HyperBand (Li et al. 2018), with fewer places to run than a bracket has trials, and after a restart.
 
     Ray's own supposes that all trials are there from the beginning.
@@ -140,12 +148,20 @@ class _SparesRecipe(PopulationBasedTraining):
         super()._checkpoint_or_exploit(trial, tune_controller, upper_quantile, lower_quantile)
 
 
-class Pbt(_StopsFailed, _SparesRecipe):
+class Pbt(SweepScheduler, _SparesRecipe):
     """Population based training (Jaderberg et al. 2017); the trial itself carries the weights over, see `trial.py`."""
 
 
-class Pb2(_StopsFailed, _SparesRecipe, PB2):
+class Pb2(SweepScheduler, _SparesRecipe, PB2):
     """Population based bandits (Parker-Holder et al. 2020)."""
+
+    def known(self) -> dict[str, Any]:
+        """The scores that its model is fitted to, for `recall`."""
+        return {"data": self.data.to_dict("list"), "explored": self.last_exploration_time}
+
+    def recall(self, known: dict[str, Any]) -> None:
+        """Take up the scores of a driver that was killed."""
+        self.data, self.last_exploration_time = pd.DataFrame(known["data"]), known["explored"]
 
 
 def make_scheduler(
@@ -155,7 +171,7 @@ def make_scheduler(
     evaluate_every: int,
     grace: int | None,
     places: int | Callable[[], int],
-) -> TrialScheduler:
+) -> SweepScheduler:
     """The scheduler of a sweep.
 
     Args:

@@ -1,11 +1,11 @@
 """The search space of a sweep: from YAML over the fields of a training configuration to points that can be tried."""
 
 import dataclasses
-import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -170,7 +170,7 @@ class SearchSpace:
                     "widen it, or set another value in the base configuration."
                 )
 
-    @property
+    @cached_property
     def parameters(self) -> dict[str, Parameter]:
         """What is searched, by name."""
         found = {}
@@ -195,7 +195,7 @@ class SearchSpace:
     def point_of(self, config: TrainConfig) -> dict[str, Any]:
         """What a configuration says of each parameter that plays a part in it; it may lie outside the ranges."""
         point: dict[str, Any] = {}
-        for parameter in self.ordered():
+        for parameter in self.ordered:
             if _holds(parameter, point):
                 point[parameter.name] = _value(config, parameter.name)
         return point
@@ -203,7 +203,7 @@ class SearchSpace:
     def suggest(self, suggester: Suggester) -> dict[str, Any]:
         """A point, each of whose values the suggester draws; parameters that play no part are left out."""
         point: dict[str, Any] = {}
-        for parameter in self.ordered():
+        for parameter in self.ordered:
             if _holds(parameter, point):
                 point[parameter.name] = parameter.suggested(suggester)
         return point
@@ -220,7 +220,7 @@ class SearchSpace:
                     f"The range of {name} is an interval, which the searcher grid cannot go through: "
                     "write choice, randint or quniform, or take the searcher random or optuna."
                 )
-        yield from self._grid(self.ordered(), {})
+        yield from self._grid(self.ordered, {})
 
     def _grid(self, left: list[Parameter], point: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if not left:
@@ -237,7 +237,7 @@ class SearchSpace:
             if name not in self.ranges:
                 return f"{name} is not searched"
         passed: dict[str, Any] = {}
-        for parameter in self.ordered():
+        for parameter in self.ordered:
             name = parameter.name
             if not _holds(parameter, passed):
                 if name in point:
@@ -250,6 +250,7 @@ class SearchSpace:
             passed[name] = point[name]
         return None
 
+    @cached_property
     def ordered(self) -> list[Parameter]:
         """The parameters, each behind those that its condition names."""
         left, ordered = list(self.parameters.values()), list[Parameter]()
@@ -354,11 +355,11 @@ def _first_field(group: Any) -> str:
     return dataclasses.fields(group)[0].name
 
 
-def duplicates_left_out(points: Iterator[dict[str, Any]] | list[dict[str, Any]]) -> list[dict[str, Any]]:
+def duplicates_left_out(points: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The points in order, each once."""
     seen: set[str] = set()
     kept = []
-    for point in itertools.chain(points):
+    for point in points:
         key = json.dumps(point, sort_keys=True, default=list)
         if key not in seen:
             seen.add(key)

@@ -1,6 +1,5 @@
 """Searchers of a sweep: which point of the search space is tried next. Everything but PBT's population uses these."""
 
-import logging
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +17,6 @@ from pipeline.search_space import SearchSpace, duplicates_left_out
 SearcherName = Literal["random", "grid", "optuna"]
 # Among a trial's reported metrics: how it has failed, and how many iterations it does if nobody stops it.
 FAILURE, PLANNED = "failure", "planned_iterations"
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

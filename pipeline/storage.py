@@ -238,6 +238,21 @@ def list_level(url: str, most: int) -> Level | None:
     return Level(objects, sorted(folders))
 
 
+def folder_names(url: str) -> list[str]:
+    """Names of the folders directly below a prefix, hidden ones left out, without listing what is in them.
+
+    Raises:
+        StorageError: if the store fails; nothing there is no error.
+    """
+    scheme, path = split(url)
+    try:
+        with explained(url, absence=False):
+            names = [name.rstrip("/") for name, found in entries_at(scheme, path) if found is None]
+    except FileNotFoundError:
+        return []
+    return sorted(name for name in names if name and not name.startswith("."))
+
+
 def stat(url: str) -> StoredObject:
     """One object as it is now, for telling whether it has changed since it was listed.
 

@@ -66,7 +66,7 @@ class SweepConfig:
 
     @property
     def objectives(self) -> Objectives:
-        """What is looked for; raises `WrongCall` for what trials do not report."""
+        """What is looked for; raises `WrongCall` for what cannot be looked for."""
         return Objectives((self.objective,) if isinstance(self.objective, str) else tuple(self.objective))
 
 

@@ -290,8 +290,7 @@ class _Training:
         place, kept = storage.join(self.config.run, BEST_FOLDER), {f"{iteration:07}" for iteration in best}
 
         def delete_others() -> None:
-            names = {found.url[len(place) :].strip("/").partition("/")[0] for found in storage.list_objects(place)}
-            for name in names - kept:
+            for name in set(storage.folder_names(place)) - kept:
                 storage.delete(storage.join(place, name))
 
         self.log.uploads.add(delete_others)

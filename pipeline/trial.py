@@ -35,8 +35,9 @@ from pipeline.progress import Reporter
 from pipeline.search_space import SearchSpace
 from pipeline.searchers import FAILURE, PLANNED
 from pipeline.storage_errors import StorageOutage
-from pipeline.training import HISTORY_FILE, TrainConfig, completed, fit
+from pipeline.training import HISTORY_FILE, MODEL_FOLDER, TrainConfig, completed, fit
 from rssnet import RSSNet
+from rssnet.serialization import CONFIG
 
 # Among the reported metrics, beside `searchers.FAILURE` and `searchers.PLANNED`.
 ERROR, PARENT, RUN = "error", "parent", "run"
@@ -188,15 +189,16 @@ def _validations(
     # Ray Tune tries a failed trial again, not Ray Train: that would take a stopped trial's lost workers for a failure,
     # and start them anew in a placement group that nobody removes.
     config = dataclasses.replace(config, resources=dataclasses.replace(config.resources, max_failures=0))
-    part, queue = job.reporter.part(trial_id), Queue(actor_options={"num_cpus": 0})
-    training = _begun(partial(fit, config, part, [_HandOver(queue, config.run)], start))
-    constant = {"gflops": gflops(config)}
+    part, constant = job.reporter.part(trial_id), {"gflops": gflops(config)}
     done = 0
-    for metrics, checkpoint in _items(queue, training):
-        done = metrics["iteration"]
-        yield metrics | constant, checkpoint
-    training.result()
-    queue.shutdown()
+    if not storage.exists(storage.join(config.run, MODEL_FOLDER, CONFIG)):  # it has not ended yet
+        queue = Queue(actor_options={"num_cpus": 0})
+        training = _begun(partial(fit, config, part, [_HandOver(queue, config.run)], start))
+        for metrics, checkpoint in _items(queue, training):
+            done = metrics["iteration"]
+            yield metrics | constant, checkpoint
+        training.result()
+        queue.shutdown()
     if done < config.iterations:  # it had ended before its driver was killed
         last = storage.read_json(storage.join(config.run, HISTORY_FILE))
         logged = [point for point in last["training"] if point["loss"] is not None]

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,12 +16,11 @@ import pyarrow as pa
 import yaml
 from ray import PlacementGroupID, tune
 from ray.tune.experiment import Trial as RayTrial
-from ray.tune.schedulers import TrialScheduler
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from pipeline.errors import PipelineError, mendable_cause
 from pipeline.objectives import METRICS
-from pipeline.schedulers import Asha
+from pipeline.schedulers import SweepScheduler
 from pipeline.searchers import FAILURE, PLANNED
 from pipeline.train_loop import PLACEMENT_GROUP
 from pipeline.trial import ERROR, PARENT, RUN, is_out_of_memory
@@ -144,18 +143,26 @@ class TrialBook(tune.Callback):
         planned_iterations, devices: of each trial, as in `TrialRecord`.
         scheduler: of the sweep; what it knows is kept here, where it needs that to go on after a restart.
         resumes: whether Ray Tune is to go on with what a driver that was killed has written down.
+        over: is told of each trial that will not be gone on with, not even by a driver that takes over.
     """
 
     def __init__(
-        self, planned_iterations: int, devices: float, scheduler: TrialScheduler, resumes: bool = False
+        self,
+        planned_iterations: int,
+        devices: float,
+        scheduler: SweepScheduler,
+        resumes: bool = False,
+        over: Callable[[TrialRecord], None] | None = None,
     ) -> None:
         self.planned_iterations, self.devices = planned_iterations, devices
-        self.scheduler, self.resumes = scheduler, resumes
+        self.scheduler, self.resumes, self.over = scheduler, resumes, over
         self.lock = threading.Lock()
         self._records: dict[str, TrialRecord] = {}
         self._held: dict[str, str] = {}
         self._since: dict[str, float] = {}
         self._trials: Sequence[RayTrial] = ()
+        self._ended: list[TrialRecord] = []  # since the state was last written down
+        self._written: list[TrialRecord] = []  # for the first time then
 
     @property
     def trials(self) -> list[TrialRecord]:
@@ -226,6 +233,7 @@ class TrialBook(tune.Callback):
         if record.state not in FAILED:
             record.state = "finished" if record.iterations >= record.planned_iterations else "stopped"
         self._free(trial)
+        self._ended.append(record)
 
     def on_trial_error(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:  # noqa: ARG002
         """Note why a trial that was tried often enough is given up."""
@@ -246,15 +254,22 @@ class TrialBook(tune.Callback):
             self._free(trial)
 
     def get_state(self) -> dict[str, Any]:
-        """What Ray Tune writes down with its own state."""
-        known = self.scheduler.known() if isinstance(self.scheduler, Asha) else None
-        return {"records": [dataclasses.asdict(record) for record in self._records.values()], "scheduler": known}
+        """What Ray Tune writes down with its own state, and stores while trials go on.
+
+        So it is the next time that this is asked for that a trial is known to be over whatever is killed.
+        """
+        over, self._written, self._ended = self._written, self._ended, []
+        for record in over:
+            if self.over is not None and record.run:
+                self.over(record)
+        records = [dataclasses.asdict(record) for record in self._records.values()]
+        return {"records": records, "scheduler": self.scheduler.known()}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on with what a driver that was killed has written down."""
         records = [TrialRecord(**values) for values in state["records"]]
         self._records = {record.trial_id: record for record in records}
-        if isinstance(self.scheduler, Asha) and state["scheduler"] is not None:
+        if state["scheduler"] is not None:
             self.scheduler.recall(state["scheduler"])
 
     def _record(self, trial: RayTrial) -> TrialRecord:

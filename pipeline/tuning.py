@@ -26,6 +26,7 @@ from pipeline.training import ResourcesConfig, TrainConfig, needed_cpus
 from pipeline.trial import TrialJob, run_trial
 from pipeline.trial_book import ENDED, NotRestored, TrialBook, TrialRecord
 from pipeline.trial_table import TrialTable
+from pipeline.uploads import Uploads
 
 TRIALS_FOLDER = "trials"
 TUNE_FOLDER = "tune"
@@ -94,7 +95,14 @@ def _tried(
     grace, every = config.grace_iterations, default.evaluate_every
     scheduler = make_scheduler(config.scheduler, space, default.iterations, every, grace, places)
     devices = resources.workers * resources.gpus_per_worker if resources.use_gpu else needed_cpus(resources)
-    book = TrialBook(default.iterations, devices, scheduler, resumes)
+    deletions = Uploads()
+
+    def delete_checkpoints(trial: TrialRecord) -> None:
+        deletions.add(partial(storage.delete, storage.join(trial.run, CHECKPOINTS_FOLDER)))
+
+    # Of a population, another trial may go on with them.
+    over = None if config.scheduler in POPULATIONS else delete_checkpoints
+    book = TrialBook(default.iterations, devices, scheduler, resumes, over)
     first = [space.default(), *config.points]
     count = config.trials
     search: Any
@@ -128,6 +136,7 @@ def _tried(
             reporter=table.reporter,
         )
         _run_tune(config, job, search, default, count, book, budget)
+    deletions.finish()
     require_ended(config, book.trials, count)
     return book.trials
 
@@ -193,16 +202,13 @@ def places_now(config: SweepConfig, resources: ResourcesConfig) -> int:
 
 
 def delete_unneeded(config: SweepConfig, trials: list[TrialRecord]) -> None:
-    """Delete what has served its purpose: trials of before a restart, and checkpoints that none will go on from.
-
-    A finished trial has its model; one that was stopped keeps the last checkpoint, for it has nothing else.
-    """
+    """Delete what has served its purpose: checkpoints of trials that have ended, and trials of before a restart."""
     folder = storage.join(config.run, TRIALS_FOLDER)
     by_id = {trial.trial_id: trial for trial in trials}
-    for name in {found.url[len(folder) :].strip("/").partition("/")[0] for found in storage.list_objects(folder)}:
+    for name in storage.folder_names(folder):
         place = storage.join(folder, name)
         trial = by_id.get(name.partition("-")[0])
         if trial is None or (trial.run and trial.run != place):
             storage.delete(place)
-        elif trial.state == "finished" or config.scheduler in POPULATIONS:
+        else:
             storage.delete(storage.join(place, CHECKPOINTS_FOLDER))

@@ -10,6 +10,7 @@ import pytest
 hypothesis.settings.register_profile("any machine", deadline=None)  # a busy one takes its time
 hypothesis.settings.load_profile("any machine")
 os.environ["RAY_AUTH_MODE"] = "disabled"  # else ray writes a token file into the home folder
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a test without `ray_cluster` that needs it is to fail, not to start one
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -311,11 +311,18 @@ its first step, without building the model.
 """
 
 
+def camvid_folder(text: str) -> Path | None:
+    """What `--data` names; None for the empty text of a Makefile's variable that was not set."""
+    if not text:
+        return None
+    if not (Path(text) / "trainannot").is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is not the CamVid folder: it has no folder trainannot")
+    return Path(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--data", type=lambda text: Path(text) if text else None, help="the CamVid folder; without it, the rest alone"
-    )
+    parser.add_argument("--data", type=camvid_folder, help="the CamVid folder; without it, only what needs none")
     parser.add_argument("--record", action="store_true", help="only write the curves that are simulated with")
     arguments = parser.parse_args()
     device = torch.device("cpu")
@@ -324,6 +331,8 @@ def main() -> None:
             parser.error("--data is missing: the CamVid folder")
         record(arguments.data)
         return
+    if not CURVES.is_file():
+        parser.error(f"there are no curves to simulate with at {CURVES}: give --data FOLDER --record first")
     parts = [simulation_table()]
     if arguments.data:
         parts.insert(0, real_tables(arguments.data))

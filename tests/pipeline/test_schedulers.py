@@ -9,9 +9,19 @@ import numpy as np
 import pytest
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
+from ray.tune.schedulers.pbt import _PBTTrialState
 
 from pipeline.command_line import WrongCall
-from pipeline.schedulers import ASHA_REDUCTION, Asha, HyperBand, Pbt, SchedulerName, make_scheduler
+from pipeline.schedulers import (
+    ASHA_REDUCTION,
+    Asha,
+    HyperBand,
+    Pb2,
+    Pbt,
+    SchedulerName,
+    SweepScheduler,
+    make_scheduler,
+)
 from pipeline.search_space import SearchSpace
 from pipeline.searchers import FAILURE
 from tests.simulated_sweep import SimulatedSweep, SimulatedTrial
@@ -28,7 +38,7 @@ def curves(count: int, validations: int, seed: int = 0) -> list[list[float]]:
     ]  # fmt: skip
 
 
-def scheduler(name: SchedulerName, validations: int = 9, places: int = 4, ranges: Any = None) -> TrialScheduler:
+def scheduler(name: SchedulerName, validations: int = 9, places: int = 4, ranges: Any = None) -> SweepScheduler:
     return make_scheduler(name, SearchSpace({}, {}, ranges or LR), validations * 10, 10, 10, places)
 
 
@@ -179,6 +189,24 @@ def test_pb2_says_what_it_lacks_or_is_made() -> None:
             scheduler("pb2")
     else:
         assert type(scheduler("pb2")).__name__ == "Pb2"
+
+
+def test_what_pb2_knows_survives_a_killed_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.tune.schedulers.pb2.import_pb2_dependencies", lambda: True)  # it fits no model here
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
+    before, after = scheduler("pb2"), scheduler("pb2")
+    assert isinstance(before, Pb2)
+    assert isinstance(after, Pb2)
+    before.set_search_properties("miou", "max")
+    for iteration in (10, 20):
+        trial: Any = SimulatedTrial(iteration, [])
+        trial.config = {"optimizer.lr": 1e-4 * iteration}
+        before._save_trial_state(_PBTTrialState(trial), iteration, {"iteration": iteration, "miou": 0.3}, trial)
+    before.last_exploration_time = 20
+    assert len(before.data) == 2
+    after.recall(pickle.loads(pickle.dumps(before.known())))
+    assert after.data.equals(before.data)
+    assert after.last_exploration_time == 20
 
 
 def test_pbt_lets_every_trial_but_the_recipe_take_over_weights(monkeypatch: pytest.MonkeyPatch) -> None:

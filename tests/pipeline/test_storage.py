@@ -158,6 +158,8 @@ def test_a_level_has_objects_and_folders(place: str) -> None:
     ]
     assert storage.list_level(storage.join(place, "pre"), most=2) is None
     assert storage.list_level(storage.join(place, "absent"), most=2) == storage.Level([], [])
+    assert storage.folder_names(storage.join(place, "pre")) == ["a", "a b"]
+    assert storage.folder_names(storage.join(place, "absent")) == []
 
 
 @pytest.mark.usefixtures("server")

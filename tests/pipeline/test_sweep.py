@@ -115,6 +115,8 @@ def test_a_sweep_leaves_its_trials_its_best_and_nothing_that_runs(
     assert all(trial.device_seconds > 0 and trial.metrics["images_per_second"] > 0 for trial in trials)
     table = pq.read_table(tmp_path / "sweep" / "trials.parquet")
     assert any(table["on_front"].to_pylist())
+    assert not list((tmp_path / "sweep").rglob("state.pt")), "checkpoints of trials that have ended"
+    assert (tmp_path / "sweep" / "trials" / trials[0].trial_id / "model" / "config.json").exists()
     best = load(TrainConfig, read_yaml(f"{config.run}/best.yaml"), {"run": "elsewhere"})
     assert best.optimizer.lr == pytest.approx(trials[record.results["best_trial"]].parameters["optimizer.lr"])
     assert "<h2>Pareto front</h2>" in (tmp_path / "sweep" / "report.html").read_text()
@@ -323,6 +325,7 @@ def test_a_budget_ends_a_sweep_with_what_it_has(scenes: str, tmp_path: Path) -> 
         ({"hours": 0.0}, "hours is 0.0: give more than 0"),
         ({"retrain": -1}, "retrain is -1: give 0 or more"),
         ({"objective": "speed"}, "The objective 'speed' is none that can be looked for"),
+        ({"objective": ["miou", "loss"]}, "The objective 'loss' is none that can be looked for"),
         (
             {"points": [{"optimizer.lr": 1.0}]},
             "points[0] is no point of the search space: optimizer.lr is 1.0",

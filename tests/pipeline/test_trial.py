@@ -12,15 +12,17 @@ import torch
 from ray.train.v2.api.exceptions import WorkerGroupError
 from ray.tune.experiment import Trial
 
+from pipeline import storage
 from pipeline.budget import Budget
 from pipeline.errors import PipelineError
 from pipeline.objectives import Objectives
+from pipeline.progress import Progress
 from pipeline.schedulers import make_scheduler
 from pipeline.search_space import SearchSpace
 from pipeline.searchers import FAILURE, PLANNED
 from pipeline.storage_errors import StorageError, StorageOutage
 from pipeline.training import TrainConfig
-from pipeline.trial import ERROR, PARENT, RUN, Pointer, _place, failure_of, gflops
+from pipeline.trial import ERROR, PARENT, RUN, Pointer, TrialJob, _place, _validations, failure_of, gflops
 from pipeline.trial_book import TRIALS_SCHEMA, NotRestored, TrialBook, TrialRecord
 from pipeline.trial_table import trial_line, trial_table
 from pipeline.warm_start import TRIALS_FILE, read_trials
@@ -93,8 +95,8 @@ class RayTrial:
         return self.error
 
 
-def book(resumes: bool = False) -> TrialBook:
-    return TrialBook(100, 2.0, make_scheduler("asha", SPACE, 100, 10, 10, 2), resumes)
+def book(**options: Any) -> TrialBook:
+    return TrialBook(100, 2.0, make_scheduler("asha", SPACE, 100, 10, 10, 2), **options)
 
 
 def said(iteration: int, miou: float, **others: Any) -> dict[str, Any]:
@@ -158,6 +160,42 @@ def test_a_driver_that_takes_over_goes_on_with_the_book() -> None:
     after.set_state(before.get_state())
     assert after.trials == before.trials
     assert after.get_state()["scheduler"] == before.get_state()["scheduler"] != book().get_state()["scheduler"]
+
+
+def test_a_trial_is_over_once_that_is_written_down_and_not_before() -> None:
+    told: list[str] = []
+    kept, trials = book(over=lambda record: told.append(record.trial_id)), [RayTrial(name) for name in "abc"]
+    given: Any = trials
+    kept.on_step_begin(0, given)
+    for trial in given[:2]:
+        kept.on_trial_result(1, given, trial, said(10, 0.2))
+    kept.on_trial_complete(1, given, given[0])
+    kept.get_state()
+    kept.on_trial_complete(1, given, given[1])
+    assert not told
+    kept.on_trial_complete(1, given, given[2])  # it has not reported anything, so there is nothing of it
+    kept.get_state()
+    assert told == ["a"]
+    kept.get_state()
+    kept.get_state()
+    assert told == ["a", "b"]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_trial_that_had_ended_before_its_driver_was_killed_is_not_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it need checkpoints any more."""
+    config = TrainConfig("d", str(tmp_path), iterations=100)
+    scores = {"iteration": 100, "miou": 0.4}
+    history = {"training": [{"loss": 2.0}, {"loss": None}], "validation": [{"iteration": 50, "miou": 0.1}, scores]}
+    storage.write_json(storage.join(config.run, "history.json"), history)
+    storage.write_json(storage.join(config.run, "model/config.json"), {})
+    monkeypatch.setattr("pipeline.trial.gflops", lambda _: 3.0)
+    with Progress("sweep", total=100, unit="iterations") as progress:
+        job = TrialJob("d", "r", SPACE, MIOU, pauses=False, exchanges=False, reporter=progress.reporter)
+        found = list(_validations(config, job, "a", None))
+    assert found == [({**scores, "loss": 2.0, "gflops": 3.0}, "")]
 
 
 def test_a_book_that_is_to_go_on_refuses_to_begin_anew() -> None:

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 from pipeline import storage, tuning
-from pipeline.checkpoints import CHECKPOINTS_FOLDER
 from pipeline.errors import PipelineError
 from pipeline.sample_stream import FEEDING_CPUS
 from pipeline.storage_errors import StorageOutage
@@ -107,16 +106,14 @@ def test_as_many_trials_run_as_the_cluster_now_holds_or_as_were_asked_for(monkey
     assert tuning.places_now(config, ResourcesConfig(cpus_per_worker=0.5)) == 9 // (0.5 + FEEDING_CPUS + 0.1)
 
 
-def test_what_serves_nobody_any_more_is_deleted_and_no_weights_that_are_the_only_ones(tmp_path: Path) -> None:
-    run = str(tmp_path)
-    trials = []
-    for number, state in enumerate(("finished", "stopped", "out_of_budget")):
-        place = storage.join(run, tuning.TRIALS_FOLDER, f"id{number}")
-        trials.append(TrialRecord(number, f"id{number}", {}, 100, 1.0, state, run=place))
-        storage.write_bytes(storage.join(place, CHECKPOINTS_FOLDER, "checkpoint", "state.pt"), b"state")
-        storage.write_bytes(storage.join(place, "history.json"), b"{}")
-    storage.write_bytes(storage.join(run, tuning.TRIALS_FOLDER, "forgotten", "history.json"), b"{}")
-    tuning.delete_unneeded(SweepConfig("d", run, space=LR), trials)
-    left = {found.url[len(run) + len("/trials/") :] for found in storage.list_objects(run)}
-    checkpoint = f"{CHECKPOINTS_FOLDER}/checkpoint/state.pt"
-    assert left == {*(f"id{number}/history.json" for number in range(3)), f"id1/{checkpoint}", f"id2/{checkpoint}"}
+def test_of_trials_that_have_ended_the_models_stay_and_the_checkpoints_go(bucket: str) -> None:
+    """And all that belongs to no trial, as of before a restart, or that a population has left behind."""
+    names = ("a", "b-1", "b-2", "c")
+    for name in names:
+        for file in ("model/config.json", "checkpoints/c1/state.pt"):
+            storage.write_bytes(storage.join(bucket, "trials", name, file), b"x")
+    trials = [TrialRecord(0, "a", {}, 9, 1.0, "finished", run=f"{bucket}/trials/a")]
+    trials += [TrialRecord(1, "b", {}, 9, 1.0, "finished", run=f"{bucket}/trials/b-2")]
+    tuning.delete_unneeded(SweepConfig("d", bucket, space=LR), trials)
+    left = [found.url.removeprefix(f"{bucket}/trials/") for found in storage.list_objects(bucket)]
+    assert left == ["a/model/config.json", "b-2/model/config.json"]
