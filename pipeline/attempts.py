@@ -6,6 +6,7 @@ run). So what is begun and what is ended is told to an actor. Images whose work 
 worked on one by one; one that was begun `TRIES` times is given up.
 """
 
+import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -101,8 +102,16 @@ class Watch:
         return f"the process that was to {self.stage} it died {TRIES} times, as for want of memory"
 
 
-def start_attempts() -> Any:
-    """The actor of a run, on the node of its driver; it ends with the last handle."""
+@contextlib.contextmanager
+def attempts_of_run() -> Iterator[Any]:
+    """Handle of the actor of a run, on the node of its driver; it ends with the block.
+
+    Handles in the plans of Ray Data would keep it alive for as long as the driver lives.
+    """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Attempts)
-    return actor.options(scheduling_strategy=here).remote()
+    actor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Attempts)
+    handle = actor.options(scheduling_strategy=here).remote()
+    try:
+        yield handle
+    finally:
+        ray.kill(handle)

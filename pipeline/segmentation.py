@@ -28,7 +28,7 @@ import pyarrow as pa
 import ray.data
 
 from pipeline import image_sources, mask_store, masks, storage
-from pipeline.attempts import start_attempts
+from pipeline.attempts import attempts_of_run
 from pipeline.census import Census, Pending, PendingFile
 from pipeline.cluster import IO_TASK_CPUS, connected
 from pipeline.errors import PipelineError
@@ -263,9 +263,8 @@ class _Run:
         if not pending.images:
             remove_rows(self.store, pending.outdated)
             return ledger.summary
-        attempts = start_attempts()
         together = max(1, min(MOST_TOGETHER, max(self.config.batch_size, pending.images // TASKS_AT_LEAST)))
-        with Progress("segment", pending.images, "images") as progress, _small_blocks():
+        with Progress("segment", pending.images, "images") as progress, _small_blocks(), attempts_of_run() as attempts:
             for again in (False, True):
                 numbered = _numbered(pending.files, again)
                 for files in in_rounds(numbered, ROUND_IMAGES):

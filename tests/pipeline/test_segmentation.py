@@ -47,6 +47,7 @@ from pipeline.run_record import RunRecord, read_record, record_run
 from pipeline.segmentation import SegmentConfig, segment
 from pipeline.segmenter import Segmenter
 from rssnet import RSSNet
+from tests.pipeline.leftovers import await_release
 from tests.pipeline.prediction_table import prediction_row, prediction_table
 
 REPOSITORY = Path(__file__).parents[2]
@@ -279,6 +280,7 @@ def test_a_model_that_fails_on_every_image_fails_the_run(tiny_model, folder, tmp
     with pytest.raises(PipelineError, match="The model failed on every image"):
         segment(config)  # tried again, and no row doubled
     assert _rows(out).keys() == rows.keys()
+    await_release()
 
 
 def test_an_image_that_the_model_fails_on_costs_no_other_its_mask(tiny_model, tmp_path):
@@ -351,6 +353,7 @@ def test_an_image_that_processes_die_on_is_a_row_and_costs_no_other_its_mask(tin
     }
     segment(_config(tiny_model, str(images), out))
     assert {name: row["status"] for name, row in _rows(out).items()} == {f"{number}.png": "ok" for number in range(6)}
+    await_release()
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -14,7 +14,6 @@ import pytest
 import ray
 import yaml
 from ray.tune.schedulers import TrialScheduler
-from ray.util import placement_group_table
 
 from pipeline import storage
 from pipeline.command_line import WrongCall, load, read_yaml
@@ -27,6 +26,7 @@ from pipeline.street_scenes import write_street_scenes
 from pipeline.sweep import SweepConfig, search_space, sweep
 from pipeline.training import TrainConfig
 from pipeline.warm_start import read_trials
+from tests.pipeline.leftovers import await_release
 from tests.workflows.conftest import TRAIN
 
 REPOSITORY = Path(__file__).parents[2]
@@ -37,31 +37,6 @@ import pickle, sys
 from pipeline.sweep import sweep
 sweep(pickle.load(open(sys.argv[1], "rb")))
 """
-
-
-def _held_groups() -> list[str]:
-    return [name for name, group in placement_group_table().items() if group["state"] != "REMOVED"]
-
-
-def living_actors() -> list[str]:
-    """Those of a sweep: Ray Data keeps some of its own, and Ray Train's cleaner outlives what it cleans up after."""
-    kept = (
-        "_StatsActor",
-        "_AutoscalingCoordinatorActor",
-        "ActorLocationTracker",
-        "DatasetManager",
-        "PlacementGroupCleaner",
-    )
-    actors = [actor for actor in ray._private.state.actors().values() if actor["State"] == "ALIVE"]  # pyright: ignore
-    return [actor["ActorClassName"] for actor in actors if actor["ActorClassName"] not in kept]
-
-
-def await_release() -> None:
-    """Placement groups and processes go some time after the trial that they belonged to."""
-    deadline = time.monotonic() + 60
-    while _held_groups() or living_actors():
-        assert time.monotonic() < deadline, (_held_groups(), living_actors())
-        time.sleep(1)
 
 
 @pytest.fixture(scope="module")

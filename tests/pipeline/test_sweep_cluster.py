@@ -12,14 +12,8 @@ import pytest
 
 from pipeline.sweep import sweep
 from pipeline.warm_start import read_trials
-from tests.pipeline.test_sweep import (
-    REPOSITORY,
-    await_release,
-    config_of,
-    living_actors,
-    scenes,
-    stop_all_but_the_first,
-)
+from tests.pipeline.leftovers import await_release, living_actors
+from tests.pipeline.test_sweep import REPOSITORY, config_of, scenes, stop_all_but_the_first
 
 __all__ = ["scenes"]  # a fixture
 pytestmark = pytest.mark.heavy
