@@ -95,7 +95,7 @@ def fill_bucket(bucket: str, camvid: Path | None) -> tuple[str, str]:
             storage.upload_folder(camvid / part, f"{labelled}/{part}")
         storage.upload_folder(camvid / "val", photos)
     else:
-        announce(f"drawing {sum(SCENES.values())} street scenes")
+        announce(f"drawing {SCENES['train'] + SCENES['val']} labelled street scenes and {SCENES['photos']} photographs")
         with tempfile.TemporaryDirectory() as drawn:
             write_street_scenes(Path(drawn), SCENES["train"], SCENES["val"], SCENES["photos"])
             storage.upload_folder(Path(drawn) / "labelled", labelled)
