@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import resource
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from pipeline.device_batches import DeviceBatch, device_batches
 from pipeline.errors import PipelineError
 from pipeline.parallel_model import parallel_model, shard, whole_model, with_shared_statistics
 from pipeline.prediction import predictor_of, write_inference
+from pipeline.process_memory import peak_memory
 from pipeline.progress import Reporter
 from pipeline.sample_stream import batches_ahead, plan_windows, sample_batches
 from pipeline.scoring import COLUMNS, confusion_matrix
@@ -356,4 +356,4 @@ def _peak_memory(device: torch.device) -> int:
     """Bytes that this worker has held at most: of the GPU's memory, or of the machine's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_memory()

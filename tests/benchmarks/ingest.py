@@ -12,7 +12,6 @@ import collections
 import io
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from pipeline.ingest import IngestConfig, ingest
 from pipeline.inventory import Cut, Selection, selected_layout
 from pipeline.local_s3 import LocalS3
 from pipeline.parquet_files import ROW_GROUP_ROWS, BufferedParquet
+from pipeline.process_memory import peak_memory
 from pipeline.records import Record
 from tests.benchmarks.machine import describe, results_file
 
@@ -93,7 +93,7 @@ def pipeline(source: str, target: str) -> dict[str, float]:
         started = time.perf_counter()
         record = ingest(IngestConfig(source, target, max_reject_fraction=1.0))
         seconds = time.perf_counter() - started
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    memory = peak_memory() / 2**20
     return {"images": record.counts["out"], "seconds": seconds, "driver_mib": memory}
 
 

@@ -13,7 +13,6 @@ import argparse
 import io
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -36,6 +35,7 @@ from pipeline.images import decode_photograph
 from pipeline.local_s3 import LocalS3
 from pipeline.parquet_files import write_table
 from pipeline.prediction import InferenceConfig, load_predictor
+from pipeline.process_memory import peak_memory
 from pipeline.segmentation import SegmentConfig, segment
 from rssnet import RSSNet, RSSNetConfig
 from tests.benchmarks.machine import describe, results_file
@@ -117,7 +117,7 @@ def end_to_end(model: str, images: str, out: str, device: str, warm: str) -> dic
             segment(config)
             again = time.perf_counter() - started
     assert record.counts["ok"] == record.counts["listed"]
-    driver = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    driver = peak_memory() / 2**20
     return {
         "images": record.counts["ok"],
         "seconds": seconds,
@@ -167,7 +167,7 @@ def listing(folder: str) -> dict[str, float]:
             started = time.perf_counter()
             pending = Census(parts, out, "model").pending(f"{folder}/work-{name}")
             found |= {f"{name}_seconds": time.perf_counter() - started, f"{name}_pending": pending.images}
-            found[f"{name}_driver_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            found[f"{name}_driver_mib"] = peak_memory() / 2**20
             assert pending.listed == OBJECTS
             if name == "first":
                 _write_rows(out, bucket.url)

@@ -178,21 +178,18 @@ def test_an_image_converted_in_parts_is_that_converted_at_once(mode: str, monkey
 
 
 MEASURE_MEMORY = """
-import io, pathlib, sys
+import io, sys
 from PIL import Image
 from pipeline.images import decode_photograph
-
-def peak():  # not what resource tells, which begins with the process that this one was forked from
-    status = pathlib.Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+from pipeline.process_memory import peak_memory
 
 data = sys.stdin.buffer.read()
 small = io.BytesIO()
 Image.new("RGB", (64, 64)).save(small, sys.argv[1])
 decode_photograph(small.getvalue())
-before = peak()
+before = peak_memory()
 pixels = decode_photograph(data)
-print((peak() - before) / (pixels.shape[0] * pixels.shape[1]))
+print((peak_memory() - before) / (pixels.shape[0] * pixels.shape[1]))
 """
 
 

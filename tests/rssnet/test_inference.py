@@ -365,9 +365,10 @@ def test_no_images_give_no_predictions():
 
 
 MEASURE_MEMORY = """
-import resource, sys, torch
+import sys, torch
 sys.path.insert(0, {tests!r})
 from test_inference import CellByCell
+from pipeline.process_memory import peak_memory
 from rssnet.inference import Predictor
 torch.set_num_threads(1)
 model = CellByCell(crop=128, classes=200)
@@ -375,9 +376,9 @@ image = torch.zeros(3, 6000, 128, dtype=torch.uint8)
 for scales in (1.0,), (0.75, 1.25):
     predictor = Predictor(model, window_batch=2, scales=scales)
     predictor([image[:, :500]])  # what a small image needs
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     predictor([image])
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print((peak_memory() - before) / 2**20)
 """
 
 
