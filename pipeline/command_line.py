@@ -15,6 +15,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from pipeline import storage
+from pipeline.call_errors import plain_error
 from pipeline.cluster import Interrupted, terminable
 from pipeline.errors import PipelineError, mendable_cause
 from pipeline.redaction import redacted
@@ -102,8 +103,8 @@ def load(config_class: type, document: Mapping[str, Any], values: Mapping[str, A
 def _instance(parser: ArgumentParser, config_class: type, parsed: Callable[[], Any]) -> Any:
     try:
         values = parsed()
-    except WrongCall:
-        raise
+    except WrongCall as error:
+        raise WrongCall(plain_error(str(error), config_class)) from error
     except Exception as error:  # what a store's client raises for --config URL has many classes
         raise WrongCall(f"The configuration cannot be read: {type(error).__name__}: {error}.") from error
     _refuse_without_value(config_class, values)
@@ -152,7 +153,9 @@ def guarded(work: Callable[[], object]) -> int:
         print("interrupted: run the same command again to go on", file=sys.stderr, flush=True)
         return 130
     except WrongCall as error:
-        print(f"error: {_redacted_line(str(error)).rstrip('.')}. See --help.", file=sys.stderr, flush=True)
+        said = _redacted_line(str(error)).rstrip(".")
+        end = "" if said.endswith("?") else "."
+        print(f"error: {said}{end}{'' if '--help' in said else ' See --help.'}", file=sys.stderr, flush=True)
         return 2
     except Exception as error:
         print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)

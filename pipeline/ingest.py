@@ -162,7 +162,7 @@ def _announce(found: Inventory) -> None:
     what = f"{found.images} images" if found.images else f"{found.shards} shards"
     announce(f"  {found.layout}: {what} in {', '.join(found.splits)}; {found.size / 2**20:.1f} MB")
     if found.passed_over:
-        announce(f"  {found.passed_over} other files are passed over, such as {found.passed_over_example}")
+        announce(f"  other files, which are passed over: {found.passed_over}, such as {found.passed_over_example}")
 
 
 def _store_inventory(url: str, notes: str, chunks: Any, rejects: Any) -> None:

@@ -236,7 +236,7 @@ class _Run:
             record.counts["listed_twice"] = pending.listed_twice
         announce(
             f"  {pending.images} of {pending.listed} images are new to model {self.model}, "
-            f"{pending.others} other files are passed over"
+            f"other files, which are passed over: {pending.others}"
         )
         if config.new:
             self.store.commit(remove=[mask_store.name_of(config.out, file) for file in mask_store.files(config.out)])

@@ -50,9 +50,10 @@ def preview_source(config: IngestConfig) -> None:
     if config.preview and not drawn:
         raise PipelineError(f"None of the images read of {redacted(config.source)} can be drawn: mend them.")
     if others:
-        announce(f"  {len(others)} other files are passed over, such as {redacted(others[0])}")
+        announce(f"  other files, which are passed over: {len(others)}, such as {redacted(others[0])}")
     if config.preview:
-        storage.write_bytes(config.preview, contact_sheet([_panels(row) for row in drawn], layout.classes))
+        columns = 2 if any(row.values["label"] is not None for row in drawn) else 1
+        storage.write_bytes(config.preview, contact_sheet([_panels(row)[:columns] for row in drawn], layout.classes))
         announce(f"  {len(drawn)} images are drawn in {config.preview}")
 
 

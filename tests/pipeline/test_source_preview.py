@@ -26,7 +26,7 @@ def test_the_findings_name_splits_classes_sizes_and_what_would_be_rejected(tmp_p
     assert "8 would be rejected\n    /" in said
     assert "more than --max_reject_fraction 0.01 allows: an ingest would fail" in said
     assert "2 more are rejected by the listing alone (no_image 1, no_label 1)" in said
-    assert "1 other files are passed over, such as" in said
+    assert "other files, which are passed over: 1, such as" in said
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
