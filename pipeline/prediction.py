@@ -237,11 +237,11 @@ def predictor_pool(
         PipelineError: if a number is out of range, or this machine can never hold the fewest workers beside the task
             that feeds them. A cluster that was joined by its address may still grow, so there the wait is announced.
     """
-    if workers < 1 or cpus_per_worker <= 0 or batch_size < 1:
-        raise PipelineError(
-            f"workers is {workers}, cpus_per_worker is {cpus_per_worker} and batch_size is {batch_size}: "
-            "give at least 1, more than 0, and at least 1."
-        )
+    for name, number in (("workers", workers), ("batch_size", batch_size)):
+        if number < 1:
+            raise PipelineError(f"{name} is {number}: give 1 or more.")
+    if cpus_per_worker <= 0:
+        raise PipelineError(f"cpus_per_worker is {cpus_per_worker}: give more than 0.")
     fewest = workers if min_workers is None else min_workers
     if not 1 <= fewest <= workers:
         raise PipelineError(f"min_workers is {min_workers}: give 1 or more, and at most the {workers} of workers.")
