@@ -13,13 +13,13 @@ from pipeline.cluster import connected
 from pipeline.command_line import load, read_yaml
 from pipeline.evaluation import EvaluateConfig, evaluate
 from pipeline.ingest import IngestConfig, ingest
-from pipeline.prediction import InferenceConfig
+from pipeline.prediction import MODEL_FOLDER, InferenceConfig
 from pipeline.progress import announce
 from pipeline.run_record import OtherWork, RunRecord, read_record
 from pipeline.run_report import ReportConfig, report
 from pipeline.segmentation import SegmentConfig, segment
 from pipeline.sweep import SweepConfig, search_space, sweep
-from pipeline.training import MODEL_FOLDER, TrainConfig, train
+from pipeline.training import TrainConfig, train
 
 STAGES = (*run_report.STAGES, "report")
 

@@ -22,6 +22,7 @@ from rssnet.classes import Classes
 from rssnet.inference import Predictor
 from rssnet.serialization import CLASSES, CONFIG, WEIGHTS
 
+MODEL_FOLDER = "model"  # of a training run
 _INFERENCE = "inference.json"
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
@@ -282,4 +283,7 @@ def _model_file(model_url: str, name: str) -> bytes:
 
 
 def _no_model(model_url: str, name: str) -> PipelineError:
+    below = storage.join(model_url, MODEL_FOLDER)  # a run was named, and not its model
+    if storage.exists(storage.join(below, name)):
+        return PipelineError(f"There is no model at {model_url} (no {name}), but one at {below}: give that.")
     return PipelineError(f"There is no model at {model_url} (no {name}): correct the URL, or run workflows/train.py.")

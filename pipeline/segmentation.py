@@ -42,7 +42,7 @@ from pipeline.mask_summary import PLOT_FILE, TABLE_FILE, keep_classes, summarize
 from pipeline.prediction import InferenceConfig, model_classes, model_id, model_versions, predictor_pool
 from pipeline.prediction_rows import INFERENCE_ERROR, NUMBER, SLICES, ImageReader, MaskEncoder, Summary
 from pipeline.progress import Progress, announce
-from pipeline.run_record import RunRecord, finished_record, record_run, refuse_other_workflow
+from pipeline.run_record import RunRecord, finished_record, read_record, record_run, refuse_other_workflow
 from pipeline.segmenter import Segmenter
 
 WORKFLOW = "segment"
@@ -174,6 +174,8 @@ def segment_in_turn(config: SegmentConfig) -> None:
 
 def _maintained(config: SegmentConfig, run_id: str) -> RunRecord:
     """Merge and sum up what is there, without a model. Has a record of its own, for that of the masks stays true."""
+    if read_record(config.out) is None and not mask_store.files(config.out):
+        raise PipelineError(f"There are no masks at {config.out}: correct the URL, or give model and images, too.")
     place = storage.join(config.out, MAINTENANCE_FOLDER)
     with (
         Lease(config.out, run_id),

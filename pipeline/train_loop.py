@@ -23,14 +23,14 @@ from pipeline.checkpoints import Checkpoints, best_iterations
 from pipeline.device_batches import DeviceBatch, device_batches
 from pipeline.errors import PipelineError
 from pipeline.parallel_model import parallel_model, shard, whole_model, with_shared_statistics
-from pipeline.prediction import predictor_of, write_inference
+from pipeline.prediction import MODEL_FOLDER, predictor_of, write_inference
 from pipeline.process_memory import peak_memory
 from pipeline.progress import Reporter
 from pipeline.sample_stream import batches_ahead, plan_windows, sample_batches
 from pipeline.scoring import COLUMNS, confusion_matrix
 from pipeline.storage_errors import patiently
 from pipeline.train_step import TrainStep, mean_over_workers
-from pipeline.training import BEST_FOLDER, HISTORY_FILE, MODEL_FOLDER, TrainConfig, build_optimizer
+from pipeline.training import BEST_FOLDER, HISTORY_FILE, TrainConfig, build_optimizer
 from pipeline.training_log import PICTURED, RunLog
 from pipeline.transforms import Augmentation
 from rssnet import RSSNet

@@ -20,7 +20,7 @@ from pipeline.errors import PipelineError, mendable_cause
 from pipeline.evaluation import scores_text
 from pipeline.lease import Lease
 from pipeline.parallel_model import Parallelism
-from pipeline.prediction import InferenceConfig, predictor_of
+from pipeline.prediction import MODEL_FOLDER, InferenceConfig, predictor_of
 from pipeline.progress import Progress, Reporter, announce
 from pipeline.run_record import RunRecord, finished_record, record_run, refuse_other_work
 from pipeline.sample_stream import DECODE_CPUS, FEEDING_CPUS
@@ -29,7 +29,6 @@ from pipeline.trackers import tracker_names
 from pipeline.transforms import AugmentationConfig
 from rssnet import LossConfig, RSSNet, RSSNetConfig, RSSNetLoss, parameter_groups, poly_with_warmup
 
-MODEL_FOLDER = "model"
 BEST_FOLDER = "best"
 HISTORY_FILE = "history.json"
 TENSORBOARD_FOLDER = "tensorboard"

@@ -31,11 +31,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline import dataset, storage
 from pipeline.errors import PipelineError, mendable_cause
 from pipeline.objectives import Objectives
+from pipeline.prediction import MODEL_FOLDER
 from pipeline.progress import Reporter
 from pipeline.search_space import SearchSpace
 from pipeline.searchers import FAILURE, PLANNED
 from pipeline.storage_errors import StorageOutage
-from pipeline.training import HISTORY_FILE, MODEL_FOLDER, TrainConfig, completed, fit
+from pipeline.training import HISTORY_FILE, TrainConfig, completed, fit
 from rssnet import RSSNet
 from rssnet.serialization import CONFIG
 

@@ -43,6 +43,9 @@ model = RSSNet.from_pretrained("this/folder").eval()
 logits = model(images).logits  # images (B, 3, {height}, {width}), normalised with model.pixel_mean and model.pixel_std
 ```
 
+If an `inference.json` lies beside this file, the model was validated as it says: give `Predictor` its scales, flip and
+windows, or predictions are others than those that were scored.
+
 Scores are not written here by the library: they belong to the data they were measured on, and to whoever measured them.
 
 | id | class | colour |

@@ -431,6 +431,9 @@ def test_merging_and_summing_up_need_no_model_and_leave_the_record(tmp_path):
     assert masks.read_masks(out).num_rows == 3
     assert (tmp_path / mask_summary.PLOT_FILE).is_file()
     assert read_record(out) is None
+    with pytest.raises(PipelineError, match=r"There are no masks at .*elsewhere: correct the URL"):
+        segment(SegmentConfig(out=f"{out}/elsewhere", compact=True))
+    assert not (tmp_path / "elsewhere").exists()
     with pytest.raises(ValueError, match="replace_model, prune and new need model and images"):
         SegmentConfig(out=out, compact=True, prune=True)
     halves: list[dict[str, Any]] = [{"model": "m"}, {"images": "i", "compact": True}, {}]
@@ -553,6 +556,10 @@ def test_wrong_input_gets_one_sentence(tiny_model, folder, tmp_path):
     out = str(tmp_path / "out")
     with pytest.raises(PipelineError, match=r"There is no model at .*/nowhere \(no config.json\)"):
         segment(_config(str(tmp_path / "nowhere"), str(folder), out))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/model").symlink_to(tiny_model)
+    with pytest.raises(PipelineError, match=r"There is no model at .*/run \(.*\), but one at .*/run/model: give that"):
+        segment(_config(str(tmp_path / "run"), str(folder), out))
     with pytest.raises(PipelineError, match=r"There is nothing at .*/nowhere: correct the URL"):
         segment(_config(tiny_model, str(tmp_path / "nowhere"), out))
     with pytest.raises(PipelineError, match="no bucket named no-such-bucket"):
