@@ -240,7 +240,7 @@ def predictor_pool(
     """
     for name, number in (("workers", workers), ("batch_size", batch_size)):
         if number < 1:
-            raise PipelineError(f"{name} is {number}: give 1 or more.")
+            raise PipelineError(f"{name} is {number}: give at least 1.")
     if cpus_per_worker <= 0:
         raise PipelineError(f"cpus_per_worker is {cpus_per_worker}: give more than 0.")
     fewest = workers if min_workers is None else min_workers
