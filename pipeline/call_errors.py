@@ -4,7 +4,6 @@ import dataclasses
 import difflib
 import re
 import types
-from collections.abc import Collection
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 _VALUE = re.compile(r'Parser key "(?P<name>[^"]+)": .*(?:Got|Given) value: (?P<value>.*)')
@@ -19,13 +18,20 @@ def plain_error(message: str, config_class: type) -> str:
     """The same in a user's words; what is not known here is left as it is."""
     if found := _NO_FILE.match(message) or _NO_YAML.match(message):
         return f"The configuration cannot be read: {_NAMELESS.sub(' in', found['what'])}"
-    hints = _hints(config_class)
     if found := _UNKNOWN.match(message):
         name = found["name"] or found["flag"]
-        return f"There is no field {name}{_meant(name, hints)}"
-    found = _VALUE.match(message)
+        return f"There is no field {name}{meant(name, config_class)}"
+    found, hints = _VALUE.match(message), _hints(config_class)
     wanted = found and found["name"] in hints and _kind(hints[found["name"]])
     return f"{found['name']} is {found['value']}: give {wanted}" if found and wanted else message
+
+
+def meant(name: str, config_class: type) -> str:
+    """The question for the field whose name, or the last part of it, is like that; empty if none is."""
+    names = _hints(config_class)
+    last = {known.rpartition(".")[2]: known for known in names}
+    close = difflib.get_close_matches(name, names, 1) or [last[one] for one in difflib.get_close_matches(name, last, 1)]
+    return f": did you mean {close[0]}?" if close else ""
 
 
 def _hints(config_class: type, above: str = "") -> dict[str, Any]:
@@ -35,13 +41,6 @@ def _hints(config_class: type, above: str = "") -> dict[str, Any]:
         group = isinstance(hint, type) and dataclasses.is_dataclass(hint)
         found |= _hints(hint, f"{above}{name}.") if group else {above + name: hint}
     return found
-
-
-def _meant(name: str, names: Collection[str]) -> str:
-    """The field whose name is like that, or whose last part is."""
-    last = {known.rpartition(".")[2]: known for known in names}
-    close = difflib.get_close_matches(name, names, 1) or [last[one] for one in difflib.get_close_matches(name, last, 1)]
-    return f": did you mean {close[0]}?" if close else ""
 
 
 def _kind(hint: Any) -> str | None:

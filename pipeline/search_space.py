@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
+from pipeline.call_errors import meant
 from pipeline.command_line import WrongCall, load
 from pipeline.training import TrainConfig
 
@@ -344,7 +345,8 @@ def _value(config: Any, dotted: str) -> Any:
                 f"The field {dotted} has no value in the recipe for trial 0 to try: set it in the base configuration."
             )
         if not isinstance(value, Mapping) and not (dataclasses.is_dataclass(value) and hasattr(value, part)):
-            raise WrongCall(f"There is no field {dotted} ({part!r} is unknown): see train.py --help for their names.")
+            close = meant(dotted, type(config)) or ": see train.py --help for their names."
+            raise WrongCall(f"There is no field {dotted} ({part!r} is unknown){close}")
         value = value[part] if isinstance(value, Mapping) else getattr(value, part)
     if dataclasses.is_dataclass(value):
         raise WrongCall(f"{dotted} is a group of fields: search one of them, as {dotted}.{_first_field(value)}.")
