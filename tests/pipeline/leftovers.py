@@ -1,5 +1,6 @@
 """What work on a cluster must not leave behind: actors and placement groups."""
 
+import gc
 import time
 
 import ray
@@ -27,8 +28,12 @@ def held_groups() -> list[str]:
 
 
 def await_release() -> None:
-    """Placement groups and processes go some time after the work that they belonged to."""
+    """Placement groups and processes go some time after the work that they belonged to.
+
+    The actors of work that has failed go with the frames of its exception, which only the collector finds.
+    """
     deadline = time.monotonic() + 60
     while (left := (held_groups(), living_actors())) != ([], []):
         assert time.monotonic() < deadline, left
+        gc.collect()
         time.sleep(1)
