@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from pipeline import storage
 from pipeline.errors import PipelineError
+from pipeline.run_folder import CHECKPOINTS_FOLDER
 from pipeline.storage_errors import patiently
 
-CHECKPOINTS_FOLDER = "checkpoints"
 _STATE_FILE = "state.pt"
 _REPORT_SECONDS = 3.0  # after which Ray Train, which asks every two, has written down what it was told
 

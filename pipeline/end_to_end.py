@@ -12,14 +12,16 @@ from pipeline import run_report, storage
 from pipeline.cluster import connected
 from pipeline.command_line import load, read_yaml
 from pipeline.evaluation import EvaluateConfig, evaluate
+from pipeline.inference_config import InferenceConfig
 from pipeline.ingest import IngestConfig, ingest
-from pipeline.prediction import MODEL_FOLDER, InferenceConfig
 from pipeline.progress import announce
+from pipeline.run_folder import MODEL_FOLDER
 from pipeline.run_record import OtherWork, RunRecord, read_record
 from pipeline.run_report import ReportConfig, report
 from pipeline.segmentation import SegmentConfig, segment
 from pipeline.sweep import SweepConfig, search_space, sweep
-from pipeline.training import TrainConfig, train
+from pipeline.train_config import TrainConfig
+from pipeline.training import train
 
 STAGES = (*run_report.STAGES, "report")
 

@@ -17,15 +17,9 @@ from pipeline.dataset import SegmentationDataset
 from pipeline.diagnostics import diagnosed, diagnostics_document, diagnostics_picture, diagnostics_text
 from pipeline.errors import PipelineError
 from pipeline.evaluation_pictures import confusion_picture, corruption_picture
+from pipeline.inference_config import InferenceConfig, inference_of
 from pipeline.parquet_files import write_table
-from pipeline.prediction import (
-    InferenceConfig,
-    inference_of,
-    load_predictor,
-    model_classes,
-    model_id,
-    predictor_pool,
-)
+from pipeline.prediction import load_predictor, model_classes, model_id, predictor_pool
 from pipeline.progress import Progress, announce
 from pipeline.run_record import RunRecord, finished_record, identity, record_run, refuse_other_work
 from pipeline.scoring import COLUMNS, IMAGE_SCORES, Condition, Counts, Scorer

@@ -5,7 +5,7 @@ Shards (FSDP2) divide these by the number of workers, and gather a block's weigh
 """
 
 import dataclasses
-from typing import Literal, cast
+from typing import cast
 
 import torch
 import torch.distributed
@@ -16,9 +16,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from pipeline.train_resources import Parallelism
 from rssnet import RSSNet
-
-Parallelism = Literal["ddp", "fsdp"]
 
 
 def parallel_model(model: RSSNet, parallelism: Parallelism) -> nn.Module:

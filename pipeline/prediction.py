@@ -4,9 +4,8 @@ import functools
 import hashlib
 import json
 import math
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import ray
 import ray.data
@@ -15,72 +14,16 @@ import torch
 from pipeline import storage
 from pipeline.cluster import IO_TASK_CPUS, require_capacity
 from pipeline.errors import PipelineError
+from pipeline.inference_config import INFERENCE_FILE, InferenceConfig, inference_of
 from pipeline.mask_products import ProductsConfig
+from pipeline.run_folder import MODEL_FOLDER
 from pipeline.run_record import identity
 from rssnet import RSSNet
 from rssnet.classes import Classes
 from rssnet.inference import Predictor
 from rssnet.serialization import CLASSES, CONFIG, WEIGHTS
 
-MODEL_FOLDER = "model"  # of a training run
-_INFERENCE = "inference.json"
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class InferenceConfig:
-    """How a model is applied to whole images. See `rssnet.inference.Predictor`.
-
-    What is not given is as the model's training validated with, which lies beside the model in `inference.json`.
-
-    Args:
-        crop_size: height and width of the sliding window, in pixels; where training gave none, the model's image size.
-        stride: from one window to the next, in pixels; where training gave none, two thirds of the crop.
-        window_batch: windows in one forward pass. Changes speed and memory, not the masks.
-        scales: the probabilities at these scales of the image are averaged; where training gave none, 1 alone.
-        flip: average with the mirrored image too; where training did not say, no.
-        precision: fp32, or bf16 for bfloat16 autocast, which is faster on GPUs and tips pixels between classes that are
-            about as probable; where training did not say, fp32.
-        compile: let torch.compile make the model faster, after minutes of compiling in each worker. Changes speed, and
-            the masks no more than another `window_batch` does.
-        channels_last: lay the model out as convolutions on GPUs like it. Changes speed, not the masks.
-    """
-
-    crop_size: tuple[int, int] | None = None
-    stride: tuple[int, int] | None = None
-    window_batch: int = field(default=8, metadata={"identity": False})
-    scales: tuple[float, ...] | None = None
-    flip: bool | None = None
-    precision: Literal["fp32", "bf16"] | None = None
-    compile: bool = field(default=False, metadata={"identity": False})
-    channels_last: bool = field(default=False, metadata={"identity": False})
-
-
-def write_inference(folder: Path, inference: InferenceConfig) -> None:
-    """Keep the settings that a model was validated with in its folder."""
-    (folder / _INFERENCE).write_text(json.dumps(identity(inference), indent=2) + "\n")
-
-
-def inference_of(model_url: str, inference: InferenceConfig) -> InferenceConfig:
-    """The settings with those that are not given taken from the model's folder, where it has any.
-
-    Raises:
-        PipelineError: if what lies there is no such settings.
-    """
-    try:
-        saved = storage.read_json(storage.join(model_url, _INFERENCE))
-    except FileNotFoundError:
-        return inference
-    except ValueError as error:
-        raise PipelineError(f"The model at {model_url} has a broken {_INFERENCE}: {error}") from error
-    known = identity(InferenceConfig())
-    if not isinstance(saved, dict) or not saved.keys() <= known.keys():
-        raise PipelineError(
-            f"The model at {model_url} has a broken {_INFERENCE}: it must have no fields but {', '.join(known)}."
-        )
-    missing = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
-    given = {name: value for name in known if (value := getattr(inference, name)) is not None}
-    return replace(inference, **{**missing, **given})
 
 
 def model_id(model_url: str, inference: InferenceConfig, products: ProductsConfig | None = None) -> str:
@@ -118,14 +61,14 @@ def model_versions(model_url: str) -> tuple[str, ...]:
     Raises:
         PipelineError: if there is no model at `model_url`.
     """
-    return tuple(_version(model_url, name) for name in (CONFIG, CLASSES, WEIGHTS, _INFERENCE))
+    return tuple(_version(model_url, name) for name in (CONFIG, CLASSES, WEIGHTS, INFERENCE_FILE))
 
 
 def _version(model_url: str, name: str) -> str:
     try:
         return storage.stat(storage.join(model_url, name)).version
     except FileNotFoundError as error:
-        if name == _INFERENCE:  # not all have one
+        if name == INFERENCE_FILE:  # not all have one
             return ""
         raise _no_model(model_url, name) from error
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline import storage
-from pipeline.training import TrainConfig, train
+from pipeline.train_config import TrainConfig
+from pipeline.training import train
 
 RETRAINED_FOLDER = "retrained"
 RETRAINED_FILE = "retrained.json"

@@ -15,8 +15,8 @@ from pipeline.evaluation import SCORES_FILE
 from pipeline.progress import announce
 from pipeline.report import FILE_NAME, CurvePoint, Report, Scores, Stage, Trial, ValidationPoint, write_report
 from pipeline.report_pictures import Overlay
+from pipeline.run_folder import HISTORY_FILE
 from pipeline.run_record import RunRecord, finished_record, read_record, record_run, refuse_other_work
-from pipeline.training import HISTORY_FILE
 from pipeline.warm_start import TRIALS_FILE
 
 OVERLAYS = 8

@@ -29,13 +29,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.cluster import IO_TASK_CPUS
 from pipeline.dataset import Chunk
 from pipeline.images import decode_label, decode_photograph
+from pipeline.train_resources import DECODE_CPUS
 from pipeline.transforms import Augmentation
 
 WINDOW_CHUNKS = 4  # row groups whose rows are shuffled among each other
 WINDOWS_AHEAD = 2  # windows in the object store: that in use, and the next
 FEWEST_AHEAD, MOST_AHEAD = 2, 16  # batches that are decoded, or have been, before a worker asks for them
-DECODE_CPUS = 1.0  # of a task on some other node
-FEEDING_CPUS = 0.4  # reserved beside a worker that computes on CPUs, for tasks on its own node
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ import torch
 from pipeline import corruptions, dataset
 from pipeline.errors import PipelineError
 from pipeline.images import decode_label, decode_photograph
-from pipeline.prediction import InferenceConfig, PredictorActor
+from pipeline.inference_config import InferenceConfig
+from pipeline.prediction import PredictorActor
 from rssnet.inference import Predictor
 from rssnet.metrics import BoundaryIoU, ConfusionMatrix
 

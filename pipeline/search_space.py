@@ -12,7 +12,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from pipeline.call_errors import meant
 from pipeline.command_line import WrongCall, load
-from pipeline.training import TrainConfig
+from pipeline.train_config import TrainConfig
 
 KINDS = ("choice", "uniform", "loguniform", "randint", "quniform")
 WHEN = "when"

@@ -33,13 +33,14 @@ from pipeline.census import Census, Pending, PendingFile
 from pipeline.cluster import IO_TASK_CPUS, connected
 from pipeline.errors import PipelineError
 from pipeline.image_sources import STORAGE_ERROR, ImageSource, Kind, Part
+from pipeline.inference_config import InferenceConfig
 from pipeline.lease import Held, Lease
 from pipeline.mask_changes import compact, remove_rows
 from pipeline.mask_products import ProductsConfig
 from pipeline.mask_stager import ROWS_PER_FILE, Ledger, MaskStager, in_rounds
 from pipeline.mask_store import MaskStore
 from pipeline.mask_summary import PLOT_FILE, TABLE_FILE, keep_classes, summarize
-from pipeline.prediction import InferenceConfig, model_classes, model_id, model_versions, predictor_pool
+from pipeline.prediction import model_classes, model_id, model_versions, predictor_pool
 from pipeline.prediction_rows import INFERENCE_ERROR, NUMBER, SLICES, ImageReader, MaskEncoder, Summary
 from pipeline.progress import Progress, announce
 from pipeline.run_record import RunRecord, finished_record, read_record, record_run, refuse_other_workflow

@@ -9,8 +9,9 @@ import torch
 from pipeline import masks
 from pipeline.attempts import Watch
 from pipeline.errors import PipelineError
+from pipeline.inference_config import InferenceConfig
 from pipeline.mask_products import ProductsConfig
-from pipeline.prediction import InferenceConfig, PredictorActor, model_versions
+from pipeline.prediction import PredictorActor, model_versions
 from pipeline.prediction_rows import CRASHED, INFERENCE_ERROR, NUMBER, PIXELS, class_maps_schema
 from rssnet.inference import Prediction, Predictor
 

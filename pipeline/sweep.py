@@ -22,7 +22,9 @@ from pipeline.search_space import SearchSpace
 from pipeline.sweep_config import SweepConfig as SweepConfig
 from pipeline.sweep_config import search_space as search_space
 from pipeline.sweep_report import REPORT_FILE, write_sweep_report
-from pipeline.training import TrainConfig, completed, require_resources
+from pipeline.train_config import TrainConfig, completed
+from pipeline.train_parts import require_buildable
+from pipeline.train_resources import require_resources
 from pipeline.trial_book import FAILED, TRIALS_SCHEMA, TrialRecord, plain
 from pipeline.tuning import (
     DRIVER_CPUS,
@@ -50,6 +52,7 @@ def sweep(config: SweepConfig) -> RunRecord:
     space = search_space(config)
     data = dataset.open(config.dataset)
     default = completed(space.config(config.dataset, config.run, {}), data)
+    require_buildable(default, data.classes)
     inputs = {"dataset": data.info.fingerprint, "base": json.dumps(space.base, sort_keys=True)}
     record = None
     if not config.new:

@@ -22,15 +22,19 @@ from pipeline import dataset, metrics, storage
 from pipeline.checkpoints import Checkpoints, best_iterations
 from pipeline.device_batches import DeviceBatch, device_batches
 from pipeline.errors import PipelineError
+from pipeline.fit import PLACEMENT_GROUP
+from pipeline.inference_config import write_inference
 from pipeline.parallel_model import parallel_model, shard, whole_model, with_shared_statistics
-from pipeline.prediction import MODEL_FOLDER, predictor_of, write_inference
+from pipeline.prediction import predictor_of
 from pipeline.process_memory import peak_memory
 from pipeline.progress import Reporter
+from pipeline.run_folder import BEST_FOLDER, HISTORY_FILE, MODEL_FOLDER
 from pipeline.sample_stream import batches_ahead, plan_windows, sample_batches
 from pipeline.scoring import COLUMNS, confusion_matrix
 from pipeline.storage_errors import patiently
+from pipeline.train_config import TrainConfig
+from pipeline.train_parts import build_optimizer, gflops, require_buildable
 from pipeline.train_step import TrainStep, mean_over_workers
-from pipeline.training import BEST_FOLDER, HISTORY_FILE, TrainConfig, build_optimizer
 from pipeline.training_log import PICTURED, RunLog
 from pipeline.transforms import Augmentation
 from rssnet import RSSNet
@@ -41,19 +45,20 @@ from rssnet.serialization import CONFIG
 LOG_EVERY = 10
 NOTICED_EVERY = 5  # iterations between looks at whether another checkpoint can be made before a node goes
 SCORES = ("miou", "macc", "aacc")  # of a validation
-PLACEMENT_GROUP = "placement_group"  # among the reported metrics: its id
 
 
-def train_worker(job: dict[str, Any]) -> None:
-    """Ray Train's entry point on each worker.
+def train_worker(config: TrainConfig, reporter: Reporter, start: str | None) -> None:
+    """What each worker of a training does.
 
     Args:
-        job: `config`, a `TrainConfig` with its number of classes set, `reporter` and `start`, as of `training.fit`.
+        config, reporter, start: as of `fit`.
+
+    Raises:
+        PipelineError: if nothing can be built from the configuration, or too many steps have no finite gradient.
     """
-    config: TrainConfig = job["config"]
     if not config.resources.use_gpu:
         torch.set_num_threads(max(1, math.ceil(config.resources.cpus_per_worker)))
-    _Training(config, job["reporter"], job["start"]).run()
+    _Training(config, reporter, start).run()
 
 
 class _Training:
@@ -65,6 +70,7 @@ class _Training:
         self.config, self.reporter = config, reporter
         self.device = ray.train.torch.get_device()
         self.data = patiently(partial(dataset.open, config.dataset))
+        require_buildable(config, self.data.classes)
         self.layout = torch.channels_last if config.resources.channels_last else torch.contiguous_format
 
         torch.manual_seed(config.seed)  # the same initial weights on every worker
@@ -96,6 +102,7 @@ class _Training:
             begun = self.checkpoints.read(start)
             self.step.load_state_dict(begun["step"], settings=False)
             self.history = begun["history"] | {"trackers": {}}
+        self.history["gflops"] = gflops(config)
         self.history["starts"].append({"iteration": self.step.iteration, "workers": self.world_size})
         self.log: RunLog | None = None
         if self.rank == 0:
@@ -246,7 +253,7 @@ class _Training:
         if evaluate:
             self._evaluate()
         metrics: dict[str, Any] = {"iteration": self.step.iteration, "loss": loss, "evaluated": evaluate}
-        metrics["images_per_second"] = self.images_per_second
+        metrics |= {"images_per_second": self.images_per_second, "gflops": self.history["gflops"]}
         group = get_current_placement_group()
         if group is not None:  # for who stops this run from outside, and has to free what it holds
             metrics[PLACEMENT_GROUP] = group.id.hex()

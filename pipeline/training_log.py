@@ -14,8 +14,9 @@ from tensorboardX import SummaryWriter
 
 from pipeline import storage
 from pipeline.contact_sheet import contact_sheet, prediction_panels
+from pipeline.run_folder import HISTORY_FILE, PICTURES_FOLDER, TENSORBOARD_FOLDER
 from pipeline.trackers import start_tracker, tracker_names
-from pipeline.training import HISTORY_FILE, PICTURES_FOLDER, TENSORBOARD_FOLDER, TrainConfig
+from pipeline.train_config import TrainConfig
 from pipeline.uploads import Uploads
 from rssnet.classes import Classes
 from rssnet.inference import Predictor

@@ -1,7 +1,5 @@
 """Augmentation of a training sample: resize, crop, flip, photometric distortion, through torchvision.transforms.v2."""
 
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +9,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from pipeline.dataset import IGNORE_LABEL
+from pipeline.train_config import AugmentationConfig
 
 CROP_ATTEMPTS = 10
 # Ranges of the factors, and of the shift of hue as a share of the circle, as in SSD (arXiv 1512.02325) and after it in
@@ -21,35 +20,6 @@ DISTORTIONS: dict[str, Any] = {
     "saturation": (0.5, 1.5),
     "hue": (-0.05, 0.05),
 }
-
-
-@dataclass(frozen=True)
-class AugmentationConfig:
-    """How training samples are varied. The defaults are the usual recipe of semantic segmentation on ADE20K.
-
-    Args:
-        scale: range of the random factor by which an image is resized before the crop.
-        max_class_fraction: a crop with more than this share of one class is drawn again, up to ten times; 1 is off.
-        flip: probability of mirroring left to right.
-        photometric: probability of distorting brightness, contrast, saturation and hue, each on its own.
-    """
-
-    scale: tuple[float, float] = (0.5, 2.0)
-    max_class_fraction: float = 0.75
-    flip: float = 0.5
-    photometric: float = 0.5
-
-    def __post_init__(self) -> None:
-        low, high = self.scale
-        if not 0 < low <= high < math.inf:
-            raise ValueError(f"augmentation.scale is {self.scale}: give [low, high], above 0 and low not above high.")
-        if not 0 < self.max_class_fraction <= 1:
-            raise ValueError(
-                f"augmentation.max_class_fraction is {self.max_class_fraction}: give a share above 0, 1 being off."
-            )
-        for name in ("flip", "photometric"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"augmentation.{name} is {getattr(self, name)}: give a probability from 0 to 1.")
 
 
 class Augmentation:

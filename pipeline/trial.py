@@ -26,18 +26,17 @@ from ray.train import Checkpoint
 from ray.train.v2.api.callback import UserCallback
 from ray.train.v2.api.exceptions import WorkerGroupError
 from ray.util.queue import Empty, Queue
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import dataset, storage
 from pipeline.errors import PipelineError, mendable_cause
+from pipeline.fit import fit
 from pipeline.objectives import Objectives
-from pipeline.prediction import MODEL_FOLDER
 from pipeline.progress import Reporter
+from pipeline.run_folder import HISTORY_FILE, MODEL_FOLDER
 from pipeline.search_space import SearchSpace
 from pipeline.searchers import FAILURE, PLANNED
 from pipeline.storage_errors import StorageOutage
-from pipeline.training import HISTORY_FILE, TrainConfig, completed, fit
-from rssnet import RSSNet
+from pipeline.train_config import TrainConfig, completed
 from rssnet.serialization import CONFIG
 
 # Among the reported metrics, beside `searchers.FAILURE` and `searchers.PLANNED`.
@@ -190,20 +189,21 @@ def _validations(
     # Ray Tune tries a failed trial again, not Ray Train: that would take a stopped trial's lost workers for a failure,
     # and start them anew in a placement group that nobody removes.
     config = dataclasses.replace(config, resources=dataclasses.replace(config.resources, max_failures=0))
-    part, constant = job.reporter.part(trial_id), {"gflops": gflops(config)}
+    part = job.reporter.part(trial_id)
     done = 0
     if not storage.exists(storage.join(config.run, MODEL_FOLDER, CONFIG)):  # it has not ended yet
         queue = Queue(actor_options={"num_cpus": 0})
         training = _begun(partial(fit, config, part, [_HandOver(queue, config.run)], start))
         for metrics, checkpoint in _items(queue, training):
             done = metrics["iteration"]
-            yield metrics | constant, checkpoint
+            yield metrics, checkpoint
         training.result()
         queue.shutdown()
     if done < config.iterations:  # it had ended before its driver was killed
         last = storage.read_json(storage.join(config.run, HISTORY_FILE))
         logged = [point for point in last["training"] if point["loss"] is not None]
-        yield {"loss": logged[-1]["loss"] if logged else math.nan, **last["validation"][-1], **constant}, ""
+        loss = logged[-1]["loss"] if logged else math.nan
+        yield {"loss": loss, "gflops": last["gflops"], **last["validation"][-1]}, ""
     part.update(config.iterations)
 
 
@@ -266,14 +266,3 @@ def _tell(metrics: dict[str, Any], pointer: Pointer | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / POINTER_FILE).write_text(json.dumps(dataclasses.asdict(pointer)))
         tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
-
-
-def gflops(config: TrainConfig) -> float:
-    """Multiply-adds of one image through the model, twice over and in thousands of millions, as torch counts them."""
-    height, width = config.model.image_hw
-    with torch.device("meta"):
-        model = RSSNet(dataclasses.replace(config.model, pretrained=False)).eval()
-        image = torch.empty(1, 3, height, width)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(image)
-    return counter.get_total_flops() / 1e9

@@ -13,16 +13,17 @@ from ray.tune.search import BasicVariantGenerator
 
 from pipeline import storage
 from pipeline.budget import Budget
-from pipeline.checkpoints import CHECKPOINTS_FOLDER
 from pipeline.cluster import interruptible
 from pipeline.errors import PipelineError
 from pipeline.progress import announce
+from pipeline.run_folder import CHECKPOINTS_FOLDER
 from pipeline.schedulers import POPULATIONS, domain, make_scheduler
 from pipeline.search_space import SearchSpace
 from pipeline.searchers import Evaluated, StudySearcher
 from pipeline.storage_errors import patiently
 from pipeline.sweep_config import SweepConfig
-from pipeline.training import ResourcesConfig, TrainConfig, needed_cpus
+from pipeline.train_config import TrainConfig
+from pipeline.train_resources import ResourcesConfig, needed_cpus
 from pipeline.trial import TrialJob, run_trial
 from pipeline.trial_book import ENDED, NotRestored, TrialBook, TrialRecord
 from pipeline.trial_table import TrialTable

@@ -15,7 +15,7 @@ from pipeline.progress import announce
 from pipeline.run_record import FILE_NAME, RunRecord, flat, identity, read_record
 from pipeline.search_space import SearchSpace
 from pipeline.searchers import Evaluated
-from pipeline.training import TrainConfig
+from pipeline.train_config import TrainConfig
 from pipeline.trial_book import TRIALS_SCHEMA, TrialRecord
 
 TRIALS_FILE = "trials.parquet"

@@ -20,7 +20,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.dashboard.modules.job.cli import submit
 
 from pipeline import dataset, lease, mask_changes, mask_store, masks, metrics, run_record, storage
-from pipeline.training import TrainConfig
+from pipeline.train_config import TrainConfig
 from rssnet import LossConfig
 from tests.infra.manifests import rendered
 from tests.workflow_calls import CONFIGS, REPOSITORY, calls_in, parsed

@@ -11,7 +11,7 @@ from pipeline.evaluation import EvaluateConfig
 from pipeline.ingest import IngestConfig
 from pipeline.segmentation import SegmentConfig
 from pipeline.sweep import SweepConfig
-from pipeline.training import TrainConfig
+from pipeline.train_config import TrainConfig
 
 REPOSITORY = Path(__file__).parents[1]
 IN_THE_IMAGE = "/opt/rssnet"  # where an image has the repository

@@ -33,9 +33,10 @@ from pipeline.census import Census
 from pipeline.cluster import connected
 from pipeline.image_sources import ImageSource
 from pipeline.images import decode_photograph
+from pipeline.inference_config import InferenceConfig
 from pipeline.local_s3 import LocalS3
 from pipeline.parquet_files import write_table
-from pipeline.prediction import InferenceConfig, load_predictor
+from pipeline.prediction import load_predictor
 from pipeline.process_memory import peak_memory
 from pipeline.segmentation import SegmentConfig, segment
 from rssnet import RSSNet, RSSNetConfig

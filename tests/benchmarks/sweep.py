@@ -36,8 +36,9 @@ from pipeline.schedulers import SchedulerName, make_scheduler
 from pipeline.search_space import SearchSpace
 from pipeline.searchers import new_study
 from pipeline.sweep import SweepConfig, sweep
+from pipeline.train_config import TrainConfig
+from pipeline.train_parts import build_optimizer
 from pipeline.train_step import TrainStep
-from pipeline.training import TrainConfig, build_optimizer
 from pipeline.transforms import Augmentation
 from pipeline.trial_book import TrialRecord
 from pipeline.warm_start import read_trials

@@ -32,9 +32,12 @@ from pipeline.images import decode_label, decode_photograph
 from pipeline.ingest import IngestConfig, ingest
 from pipeline.local_s3 import LocalS3
 from pipeline.sample_stream import plan_windows, sample_batches
+from pipeline.train_config import OptimizerConfig, TrainConfig, completed
 from pipeline.train_loop import LOG_EVERY
+from pipeline.train_parts import build_optimizer
+from pipeline.train_resources import ResourcesConfig
 from pipeline.train_step import TrainStep, mean_over_workers
-from pipeline.training import OptimizerConfig, ResourcesConfig, TrainConfig, build_optimizer, completed, train
+from pipeline.training import train
 from pipeline.transforms import Augmentation
 from rssnet import RSSNet, RSSNetConfig, RSSNetLoss
 from rssnet.losses import alone

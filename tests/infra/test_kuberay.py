@@ -13,7 +13,8 @@ from ray._private.ray_constants import OBJECT_STORE_MINIMUM_MEMORY_BYTES
 from pipeline.command_line import WrongCall
 from pipeline.segmentation import SegmentConfig
 from pipeline.sweep import DRIVER_CPUS, SweepConfig, search_space
-from pipeline.training import TrainConfig, needed_cpus
+from pipeline.train_config import TrainConfig
+from pipeline.train_resources import needed_cpus
 from tests.infra.manifests import KUBERAY, Manifest, containers, documents, faults, rendered, strings
 from tests.workflow_calls import REPOSITORY, calls_in, parsed
 

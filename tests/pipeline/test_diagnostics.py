@@ -9,7 +9,8 @@ from PIL import Image
 
 from pipeline.diagnostics import diagnosed, diagnostics_document, diagnostics_picture, diagnostics_text
 from pipeline.images import encode_png
-from pipeline.prediction import InferenceConfig, load_predictor
+from pipeline.inference_config import InferenceConfig
+from pipeline.prediction import load_predictor
 from rssnet import RSSNet, RSSNetConfig
 from rssnet.diagnostics import LayerDiagnostics, diagnose
 from rssnet.inference import Predictor

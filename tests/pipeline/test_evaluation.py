@@ -23,8 +23,9 @@ from pipeline.diagnostics import diagnosed
 from pipeline.errors import PipelineError
 from pipeline.evaluation import EvaluateConfig, evaluate
 from pipeline.images import decode_label, decode_photograph, encode_png
+from pipeline.inference_config import InferenceConfig
 from pipeline.parquet_files import write_table
-from pipeline.prediction import InferenceConfig, load_predictor
+from pipeline.prediction import load_predictor
 from pipeline.run_record import record_run
 from pipeline.scoring import COLUMNS, Counts, confusion_matrix
 from rssnet.classes import Classes

@@ -8,15 +8,9 @@ import torch
 
 from pipeline import cluster, prediction, storage
 from pipeline.errors import PipelineError
+from pipeline.inference_config import InferenceConfig, inference_of, write_inference
 from pipeline.mask_products import ProductsConfig
-from pipeline.prediction import (
-    InferenceConfig,
-    inference_of,
-    load_predictor,
-    model_id,
-    predictor_pool,
-    write_inference,
-)
+from pipeline.prediction import load_predictor, model_id, predictor_pool
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ import yaml
 
 from pipeline.command_line import load
 from pipeline.recipes import BACKBONES, BENCHMARKS, presets
+from pipeline.train_config import TrainConfig
+from pipeline.train_parts import build_optimizer
 from pipeline.train_step import TrainStep
-from pipeline.training import TrainConfig, build_optimizer
 from rssnet import RSSNet, RSSNetLoss
 
 PRESETS = Path(__file__).parents[2] / "workflows" / "presets"

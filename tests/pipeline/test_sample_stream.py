@@ -19,7 +19,8 @@ from pipeline.dataset import SCHEMA, Chunk, DatasetInfo, SplitInfo
 from pipeline.images import encode_png
 from pipeline.parquet_files import write_table
 from pipeline.sample_stream import Window, batches_ahead, plan_windows, sample_batches
-from pipeline.transforms import Augmentation, AugmentationConfig
+from pipeline.train_config import AugmentationConfig
+from pipeline.transforms import Augmentation
 
 HEIGHT, WIDTH = 6, 8
 

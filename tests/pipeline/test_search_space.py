@@ -12,7 +12,7 @@ import torch
 from pipeline.command_line import WrongCall, load, read_yaml
 from pipeline.search_space import Parameter, SearchSpace
 from pipeline.sweep import SweepConfig, search_space
-from pipeline.training import build_optimizer
+from pipeline.train_parts import build_optimizer
 from rssnet import RSSNet, RSSNetLoss
 
 WEIGHTS = ("auxiliary", "attention_bce", "attention_dice", "region_classification", "region_separation")

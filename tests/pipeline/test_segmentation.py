@@ -31,17 +31,11 @@ from pipeline import lease, mask_store, mask_summary, masks, prediction_rows, se
 from pipeline.errors import PipelineError
 from pipeline.image_sources import LISTED, reading
 from pipeline.images import decode_photograph
+from pipeline.inference_config import InferenceConfig, inference_of, write_inference
 from pipeline.lease import Lease
 from pipeline.mask_products import ProductsConfig
 from pipeline.parquet_files import write_table
-from pipeline.prediction import (
-    InferenceConfig,
-    inference_of,
-    load_predictor,
-    model_classes,
-    model_id,
-    write_inference,
-)
+from pipeline.prediction import load_predictor, model_classes, model_id
 from pipeline.prediction_rows import SLICES, ImageReader
 from pipeline.run_record import RunRecord, read_record, record_run
 from pipeline.segmentation import SegmentConfig, segment

@@ -12,8 +12,9 @@ from PIL import Image
 
 from pipeline import masks, storage
 from pipeline.errors import PipelineError
+from pipeline.inference_config import InferenceConfig
 from pipeline.mask_products import ProductsConfig, overlay_url, prediction_schema, simplified
-from pipeline.prediction import InferenceConfig, load_predictor, model_classes, model_versions
+from pipeline.prediction import load_predictor, model_classes, model_versions
 from pipeline.prediction_rows import CLASS_MAPS, NUMBER, PIXELS, MaskEncoder, class_maps_schema
 from pipeline.segmenter import Segmenter
 

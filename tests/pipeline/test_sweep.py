@@ -24,7 +24,7 @@ from pipeline.run_record import read_record
 from pipeline.schedulers import Asha, Pbt
 from pipeline.street_scenes import write_street_scenes
 from pipeline.sweep import SweepConfig, search_space, sweep
-from pipeline.training import TrainConfig
+from pipeline.train_config import TrainConfig
 from pipeline.warm_start import read_trials
 from tests.pipeline.leftovers import await_release
 from tests.workflows.conftest import TRAIN

@@ -10,7 +10,7 @@ from pipeline.errors import PipelineError
 from pipeline.search_space import SearchSpace
 from pipeline.sweep import write_best
 from pipeline.sweep_config import SweepConfig
-from pipeline.training import TrainConfig
+from pipeline.train_config import TrainConfig
 from pipeline.trial_book import TrialRecord
 
 BASE = {

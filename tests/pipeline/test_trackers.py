@@ -13,7 +13,7 @@ import pytest
 from pipeline import trackers
 from pipeline.errors import PipelineError
 from pipeline.trackers import Tracker, start_tracker, tracker_names
-from pipeline.training import TrainConfig
+from pipeline.train_config import TrainConfig
 
 CONFIG = TrainConfig("s3://data/set", "s3://runs/first", seed=7)
 

@@ -21,12 +21,15 @@ from timm.utils.model_ema import ModelEmaV3
 
 from pipeline import storage
 from pipeline.errors import PipelineError
+from pipeline.fit import EndForGood
 from pipeline.lease import Held, Lease
-from pipeline.parallel_model import Parallelism, shard, whole_model
+from pipeline.parallel_model import shard, whole_model
 from pipeline.run_record import read_record
 from pipeline.storage_errors import StorageOutage
+from pipeline.train_config import OptimizerConfig
+from pipeline.train_resources import Parallelism, ResourcesConfig
 from pipeline.train_step import TrainStep, mean_over_workers
-from pipeline.training import EndForGood, OptimizerConfig, ResourcesConfig, train
+from pipeline.training import train
 from rssnet import LossConfig, RSSNet, RSSNetLoss
 from rssnet.losses import alone
 from tests.pipeline.labelled_source import REPOSITORY

@@ -17,8 +17,10 @@ import ray
 import torch
 
 from pipeline import storage
+from pipeline.train_config import TrainConfig
 from pipeline.train_loop import LOG_EVERY, NOTICED_EVERY
-from pipeline.training import ResourcesConfig, TrainConfig, train
+from pipeline.train_resources import ResourcesConfig
+from pipeline.training import train
 from tests.pipeline.faulty_s3 import OUTAGE, faulty_s3
 from tests.pipeline.labelled_source import REPOSITORY
 from tests.pipeline.training_runs import TRAIN_SCRIPT, await_checkpoint, config_of, weights, write_scenes

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from pipeline.dataset import IGNORE_LABEL
-from pipeline.transforms import Augmentation, AugmentationConfig
+from pipeline.train_config import AugmentationConfig
+from pipeline.transforms import Augmentation
 
 FILL = (1, 2, 3)
 PLAIN = {"scale": (1.0, 1.0), "max_class_fraction": 1.0, "flip": 0.0, "photometric": 0.0}

@@ -1,6 +1,8 @@
 """What a trial makes of its failures, where it trains, and what the sweep's book keeps of it."""
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,9 @@ from pipeline.schedulers import make_scheduler
 from pipeline.search_space import SearchSpace
 from pipeline.searchers import FAILURE, PLANNED
 from pipeline.storage_errors import StorageError, StorageOutage
-from pipeline.training import TrainConfig
-from pipeline.trial import ERROR, PARENT, RUN, Pointer, TrialJob, _place, _validations, failure_of, gflops
+from pipeline.train_config import TrainConfig
+from pipeline.train_parts import gflops
+from pipeline.trial import ERROR, PARENT, RUN, Pointer, TrialJob, _place, _validations, failure_of
 from pipeline.trial_book import TRIALS_SCHEMA, NotRestored, TrialBook, TrialRecord
 from pipeline.trial_table import trial_line, trial_table
 from pipeline.warm_start import TRIALS_FILE, read_trials
@@ -66,6 +69,12 @@ def test_a_trial_trains_in_a_place_of_its_own_for_each_set_of_weights() -> None:
     assert place.startswith("s3://b/t/a-")
     assert _place("s3://b/t/a", "a", theirs, {"lr": 1})[0] == place, "a lost trial goes on where it was"
     assert _place("s3://b/t/a", "a", theirs, {"lr": 2})[0] != place
+
+
+def test_neither_a_trials_process_nor_a_trainings_controller_loads_timm() -> None:
+    """For seconds of each trial, and of the cores that other trials train on."""
+    code = "import sys, pipeline.trial, pipeline.fit; raise SystemExit('timm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_the_work_of_a_model_is_counted() -> None:
@@ -183,15 +192,15 @@ def test_a_trial_is_over_once_that_is_written_down_and_not_before() -> None:
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_trial_that_had_ended_before_its_driver_was_killed_is_not_trained_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     """Nor does it need checkpoints any more."""
     config = TrainConfig("d", str(tmp_path), iterations=100)
     scores = {"iteration": 100, "miou": 0.4}
     history = {"training": [{"loss": 2.0}, {"loss": None}], "validation": [{"iteration": 50, "miou": 0.1}, scores]}
+    history["gflops"] = 3.0
     storage.write_json(storage.join(config.run, "history.json"), history)
     storage.write_json(storage.join(config.run, "model/config.json"), {})
-    monkeypatch.setattr("pipeline.trial.gflops", lambda _: 3.0)
     with Progress("sweep", total=100, unit="iterations") as progress:
         job = TrialJob("d", "r", SPACE, MIOU, pauses=False, exchanges=False, reporter=progress.reporter)
         found = list(_validations(config, job, "a", None))

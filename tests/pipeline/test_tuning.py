@@ -7,10 +7,9 @@ import pytest
 
 from pipeline import storage, tuning
 from pipeline.errors import PipelineError
-from pipeline.sample_stream import FEEDING_CPUS
 from pipeline.storage_errors import StorageOutage
 from pipeline.sweep_config import SweepConfig
-from pipeline.training import ResourcesConfig
+from pipeline.train_resources import FEEDING_CPUS, ResourcesConfig
 from pipeline.trial_book import NotRestored, TrialRecord
 
 LR = {"optimizer.lr": {"loguniform": [1e-5, 1e-2]}}

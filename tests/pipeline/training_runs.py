@@ -14,7 +14,7 @@ from pipeline.dataset import SCHEMA, DatasetInfo, SplitInfo
 from pipeline.images import encode_png
 from pipeline.parquet_files import write_table
 from pipeline.street_scenes import NAMES, PALETTE, draw_scene
-from pipeline.training import AugmentationConfig, OptimizerConfig, TrainConfig
+from pipeline.train_config import AugmentationConfig, OptimizerConfig, TrainConfig
 from rssnet import RSSNetConfig
 
 MODEL = RSSNetConfig(

@@ -14,7 +14,8 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.scripts import scripts as ray_cli
 
-from pipeline.training import TrainConfig, train
+from pipeline.train_config import TrainConfig
+from pipeline.training import train
 from tests.pipeline.training_runs import has_checkpoint
 
 NODE_CPUS = 1  # one worker, and what feeds it

@@ -24,7 +24,8 @@ from pipeline.masks import decode, read_masks
 from pipeline.run_record import read_record
 from pipeline.segmentation import SegmentConfig, segment
 from pipeline.sweep import SweepConfig, sweep
-from pipeline.training import TrainConfig, train
+from pipeline.train_config import TrainConfig
+from pipeline.training import train
 from tests.workflows.conftest import ROOT, Run, TinyChain, chain_commands
 
 pytestmark = pytest.mark.slow
