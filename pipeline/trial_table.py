@@ -73,7 +73,7 @@ class TrialTable(Progress):
         rate = self._rate(done)
         if rate:
             said.append(f"{rate:.1f} iterations/s")
-            if done < self.total:
+            if done < self.total and ended < self.count:
                 said.append(f"at most {timedelta(seconds=round((self.total - done) / rate))} left")
         return ", ".join(said)
 

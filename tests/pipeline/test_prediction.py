@@ -125,3 +125,27 @@ def test_workers_share_gpus_but_none_lies_across_two(needed, workers, each, gpus
 def test_a_pool_that_cannot_be_is_refused(options, said):
     with pytest.raises(PipelineError, match=said):
         predictor_pool(3, 1, use_gpu=True, batch_size=4, **options)
+
+
+def test_settings_that_are_not_given_are_those_that_the_model_was_validated_with(tiny_model, tmp_path):
+    model = tmp_path / "model"
+    storage.upload_folder(Path(tiny_model), str(model))
+    write_inference(model, InferenceConfig(scales=(0.5,), flip=True))
+    settings = inference_of(str(model), InferenceConfig(flip=False, window_batch=2))
+    assert settings == InferenceConfig(scales=(0.5,), flip=False, window_batch=2)
+    assert load_predictor(str(model), settings).scales == (0.5,)
+    assert model_id(str(model), InferenceConfig()) == model_id(str(model), InferenceConfig(scales=(0.5,), flip=True))
+    assert model_id(str(model), InferenceConfig()) != model_id(tiny_model, InferenceConfig())
+    (model / "inference.json").write_text('{"zoom": 2}')
+    with pytest.raises(PipelineError, match=r"broken inference.json: it must have no fields but crop_size"):
+        load_predictor(str(model), InferenceConfig())
+
+
+def test_a_models_id_follows_what_the_masks_depend_on(tiny_model, tmp_path):
+    storage.upload_folder(Path(tiny_model), str(tmp_path / "copy"))
+    usual = model_id(tiny_model, InferenceConfig())
+    assert model_id(str(tmp_path / "copy"), InferenceConfig(window_batch=2)) == usual
+    assert model_id(tiny_model, InferenceConfig(stride=(32, 32))) != usual
+    weights = tmp_path / "copy" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    assert model_id(str(tmp_path / "copy"), InferenceConfig()) != usual
