@@ -6,8 +6,11 @@
 
 The curves are those of real trainings on CamVid, of points drawn at random from a search space, without Ray. The
 simulation runs the sweep's own scheduler over thousands of trials made from them: each is a mixture of two curves and
-the noise of a validation. The real sweeps try the same points twice, each to its end and under ASHA. Their recipe has a
-learning rate for fine-tuning, so that it is not the best point of a model whose weights begin at random.
+the noise of a validation. A second set of curves, with which nothing was chosen, is that of the real sweep to the end.
+
+The real sweeps are random search, all of whose trials run to their end; ASHA on the same points; and what a sweep does
+by itself, ASHA with Optuna. Their recipe has a learning rate for fine-tuning, so that it is not the best point of a
+model whose weights begin at random.
 """
 
 import argparse
@@ -35,7 +38,7 @@ from pipeline.ingest import IngestConfig, ingest
 from pipeline.prediction import predictor_of
 from pipeline.schedulers import SchedulerName, make_scheduler
 from pipeline.search_space import SearchSpace
-from pipeline.searchers import new_study
+from pipeline.searchers import SearcherName, new_study
 from pipeline.sweep import SweepConfig, sweep
 from pipeline.train_config import TrainConfig
 from pipeline.train_parts import build_optimizer
@@ -49,6 +52,7 @@ from tests.benchmarks.machine import RESULTS, describe, results_file
 from tests.simulated_sweep import SimulatedSweep
 
 CURVES = RESULTS / "sweep-curves.json"
+SECOND_CURVES = RESULTS / "sweep-curves-second.json"
 CLASSES = 11
 ITERATIONS, EVERY = 243, 9
 RECORDED = 24  # curves
@@ -83,6 +87,11 @@ PLACES = 8
 NOISE = 0.005  # standard deviation of a validation's mIoU from seed to seed, of the ablation's tables
 REAL_TRIALS = 24
 FINE_TUNING_LR = 1e-4  # of the real sweeps' recipe
+REAL_SWEEPS: dict[str, tuple[SearcherName, SchedulerName]] = {
+    "random": ("random", "none"),
+    "random, asha": ("random", "asha"),
+    "optuna, asha": ("optuna", "asha"),
+}
 TARGET = 0.35  # of the steps of random search
 
 
@@ -101,13 +110,13 @@ def record(camvid: Path) -> None:
     for point in points(space, RECORDED):
         curves.append(curve_of(space.config("unused", "unused", point), samples["train"], samples["val"][:VALIDATED]))
         print(f"{len(curves)}/{RECORDED}: {curves[-1][-1]:.3f}", flush=True)
-        document = {
-            **describe(torch.device("cpu")),
-            "every": EVERY,
-            "points": points(space, len(curves)),
-            "miou": curves,
-        }
-        CURVES.write_text(json.dumps(document, indent=1, default=list) + "\n")
+        keep_curves(CURVES, points(space, len(curves)), curves)
+
+
+def keep_curves(file: Path, tried: Sequence[dict[str, Any]], curves: Sequence[Sequence[float]]) -> None:
+    """Write down learning curves and the points that they belong to."""
+    document = {**describe(torch.device("cpu")), "every": EVERY, "points": tried, "miou": curves}
+    file.write_text(json.dumps(document, indent=1, default=list) + "\n")
 
 
 def _photographs(camvid: Path, split: str) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -197,9 +206,9 @@ def simulate(curves: np.ndarray, name: SchedulerName, grace: int | None, more: i
     return found
 
 
-def simulation_table() -> str:
-    """The table of what early stopping saves and costs."""
-    document = json.loads(CURVES.read_text())
+def simulation_table(file: Path) -> str:
+    """The table of what early stopping saves and costs, with the curves of one file."""
+    document = json.loads(file.read_text())
     curves = np.array(document["miou"])
     rows = []
     settings: Sequence[tuple[SchedulerName, int | None, int]] = [
@@ -219,20 +228,26 @@ def simulation_table() -> str:
         )
         print(rows[-1], flush=True)
     spread = f"{100 * curves[:, -1].min():.1f} to {100 * curves[:, -1].max():.1f}"
-    return f"""## Early stopping, simulated
-
-{REPETITIONS} sweeps through the sweep's own scheduler, beside random search: {SIMULATED} trials, all to their end. Each
-trial mixes two of {len(curves)} recorded learning curves of {curves.shape[1]} validations, whose last mIoU is {spread}
-points; a validation shows it with a noise of {100 * NOISE:.1f} points. {PLACES} trials at a time; the first one, the
-recipe, is never stopped under asha. Gain: how far what is found best lies above what random search finds best, in
-points of mIoU. Where asha tried more trials than random search, it was let to, within {TARGET:.0%} of its steps.
-ASHA's own grace and reduction were chosen with these curves.
-Curves recorded on {document["date"]} at {document["commit"]}.
+    return f"""{len(curves)} curves of {document["date"]} at {document["commit"]}, whose last mIoU is {spread} points.
 
 | scheduler | trials | steps, of random search's | gain, mean | median | as good or better |
 |---|---|---|---|---|---|
 {chr(10).join(rows)}
 """
+
+
+def simulation() -> str:
+    """What is told of both sets of curves."""
+    return f"""## Early stopping, simulated
+
+{REPETITIONS} sweeps through the sweep's own scheduler, beside random search: {SIMULATED} trials, all to their end. Each
+trial mixes two recorded learning curves; a validation shows it with a noise of {100 * NOISE:.1f} points. {PLACES}
+trials at a time; the first one, the recipe, is never stopped under asha. Gain: how far what is found best lies above
+what random search finds best, in points of mIoU. Where asha tried more trials than random search, it was let to, within
+{TARGET:.0%} of its steps.
+
+The first set, with which ASHA's own grace and reduction were chosen: {simulation_table(CURVES)}
+The second, of the real sweep, with which nothing was chosen: {simulation_table(SECOND_CURVES)}"""
 
 
 def camvid_of(source: Path, folder: Path) -> str:
@@ -254,16 +269,17 @@ def steps_until(trials: Sequence[TrialRecord], moment: float) -> int:
     return steps
 
 
-def real_sweep(data: str, base: str, run: str, scheduler: SchedulerName) -> list[TrialRecord]:
-    """A sweep over the same points for every scheduler, on the Ray that is connected."""
+def real_sweep(data: str, base: str, run: str, name: str) -> list[TrialRecord]:
+    """One of `REAL_SWEEPS`, on the Ray that is connected; random search tries the same points under every scheduler."""
+    searcher, scheduler = REAL_SWEEPS[name]
     config = SweepConfig(
         dataset=data,
         run=run,
         base=base,
         space=SPACE,
-        points=points(SearchSpace(BASE, {}, SPACE), REAL_TRIALS)[1:],
+        points=points(SearchSpace(BASE, {}, SPACE), REAL_TRIALS)[1:] if searcher == "random" else [],
         trials=REAL_TRIALS,
-        searcher="random",
+        searcher=searcher,
         scheduler=scheduler,
     )
     sweep(config)
@@ -290,43 +306,47 @@ def overheads(trials: Sequence[TrialRecord]) -> list[float]:
     return found
 
 
-def real_tables(camvid: Path) -> str:
-    """What two real sweeps over the same points have taken and found."""
+def real_table(camvid: Path, names: Sequence[str]) -> str:
+    """What real sweeps have taken and found; random search's curves are kept as the second set to simulate with."""
+    rows, whole = [], REAL_TRIALS * ITERATIONS
     with tempfile.TemporaryDirectory() as folder, connected():
         data, base = f"{folder}/set", f"{folder}/base.yaml"
         ingest(IngestConfig(camvid_of(camvid.resolve(), Path(folder) / "source"), data))
         optimizer = {**BASE["optimizer"], "lr": FINE_TUNING_LR}
         Path(base).write_text(yaml.safe_dump({**BASE, "optimizer": optimizer}))
         places = int((ray.cluster_resources()["CPU"] + 1e-6) // 0.9)
-        whole = real_sweep(data, base, f"{folder}/whole", "none")
-        early = real_sweep(data, base, f"{folder}/asha", "asha")
-        rows = []
-        for name, trials in (("none", whole), ("asha", early)):
-            steps = sum(trial.iterations for trial in trials)
-            finished = [trial for trial in trials if trial.state == "finished"]
-            best = max(finished, key=lambda trial: trial.metrics["miou"])
-            until = steps_until(trials, best.started + best.seconds)
-            seconds = max(trial.started + trial.seconds for trial in trials) - min(trial.started for trial in trials)
-            waits = overheads(trials)
-            rows.append(
-                f"| {name} | {steps:,} | {until:,} | {best.trial} | {100 * best.metrics['miou']:.2f} "
-                f"| {100 * trials[0].metrics['miou']:.2f} | {seconds:.0f} | {in_use(trials, places):.1%} "
-                f"| {statistics.median(waits):.1f} | {max(waits):.1f} |"
-            )
+        for name in names:
+            trials = real_sweep(data, base, f"{folder}/{name.replace(', ', '-')}", name)
+            if name == "random":
+                curves = [[point["miou"] for point in trial.curve] for trial in trials]
+                keep_curves(SECOND_CURVES, [trial.parameters for trial in trials], curves)
+            rows.append(real_row(name, trials, places, whole))
             print(rows[-1], flush=True)
-        all_steps = sum(trial.iterations for trial in whole)
-        share = sum(trial.iterations for trial in early) / all_steps
-        reached = until / all_steps
-    return f"""## Two real sweeps over the same {REAL_TRIALS} points
+    return f"""## Real sweeps of {REAL_TRIALS} trials
 
-CamVid, {places} trials at a time, {ITERATIONS} iterations each. asha took {share:.1%} of the steps, and had its best
-trial after {reached:.1%} of them. In use: the share of the places that trials held until the last one had begun.
-Overhead: from the start of a trial's process to the end of its first step, without building the model.
+CamVid, {places} trials at a time, {ITERATIONS} iterations each. Steps: of those that random search takes with all
+trials to their end, in all and until the best trial had ended. In use: the share of the places that trials held until
+the last one had begun. Overhead: from the start of a trial's process to the end of its first step, without building the
+model.
 
-| scheduler | iterations | to the best | best trial | its mIoU | recipe's | seconds | in use | overhead, s | longest |
+| sweep | steps | to the best | best trial | its mIoU | recipe's | seconds | in use | overhead, s, median | longest |
 |---|---|---|---|---|---|---|---|---|---|
 {chr(10).join(rows)}
 """
+
+
+def real_row(name: str, trials: Sequence[TrialRecord], places: int, whole: int) -> str:
+    """The row of one real sweep, beside the `whole` steps of random search."""
+    finished = [trial for trial in trials if trial.state == "finished"]
+    best = max(finished, key=lambda trial: trial.metrics["miou"])
+    seconds = max(trial.started + trial.seconds for trial in trials) - min(trial.started for trial in trials)
+    waits = overheads(trials)
+    return (
+        f"| {name} | {sum(trial.iterations for trial in trials) / whole:.1%} "
+        f"| {steps_until(trials, best.started + best.seconds) / whole:.1%} "
+        f"| {best.trial} | {100 * best.metrics['miou']:.2f} | {100 * trials[0].metrics['miou']:.2f} "
+        f"| {seconds:.0f} | {in_use(trials, places):.1%} | {statistics.median(waits):.1f} | {max(waits):.1f} |"
+    )
 
 
 def camvid_folder(text: str) -> Path | None:
@@ -342,6 +362,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=camvid_folder, help="the CamVid folder; without it, only what needs none")
     parser.add_argument("--record", action="store_true", help="only write the curves that are simulated with")
+    parser.add_argument("--sweeps", nargs="+", choices=REAL_SWEEPS, default=list(REAL_SWEEPS), help="that are real")
     arguments = parser.parse_args()
     device = torch.device("cpu")
     if arguments.record:
@@ -351,13 +372,16 @@ def main() -> None:
         return
     if not CURVES.is_file():
         parser.error(f"there are no curves to simulate with at {CURVES}: give --data FOLDER --record first")
-    parts = [simulation_table()]
     if arguments.data:
-        parts.insert(0, real_tables(arguments.data))
+        _write("sweep-real", device, real_table(arguments.data, arguments.sweeps))
+    _write("sweep", device, simulation())
+
+
+def _write(name: str, device: torch.device, text: str) -> None:
     header = "\n".join(f"- {name}: {value}" for name, value in describe(device).items())
-    text = f"# Sweeps\n\n{header}\n- ray: {ray.__version__}\n\n" + "\n".join(parts)
-    results_file("sweep", device, ".md").write_text(text)
-    print(text)
+    whole = f"# Sweeps\n\n{header}\n- ray: {ray.__version__}\n\n{text}"
+    results_file(name, device, ".md").write_text(whole)
+    print(whole)
 
 
 if __name__ == "__main__":
