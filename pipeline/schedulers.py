@@ -28,10 +28,9 @@ from pipeline.searchers import FAILURE
 
 SchedulerName = Literal["none", "asha", "hyperband", "pbt", "pb2"]
 POPULATIONS = ("pbt", "pb2")
-# Of the trials at a rung one in so many goes on: as by Li et al. 2020 and 2018.
-ASHA_REDUCTION, HYPERBAND_REDUCTION = 4, 3
-# Of a training, before any trial is stopped. Ranks of less than that say little of the last ones: on recorded curves
-# (tests/benchmarks/results/sweep-cpu.md) a ninth loses the best trial six times as often as this.
+REDUCTION = 3  # of the trials at a rung one in so many goes on
+# Of a training, before any trial is stopped. Ranks of less than that say little of the last ones: see the simulation in
+# tests/benchmarks/results/sweep-cpu.md.
 GRACE = 1 / 7
 # Whose change leaves every weight its place; all else that belongs to the model does not.
 _KEEP_WEIGHTS = ("model.drop_path", "model.separation.max_gate")
@@ -60,12 +59,18 @@ class Plain(SweepScheduler, FIFOScheduler):
 class Asha(SweepScheduler, ASHAScheduler):
     """Asynchronous successive halving (Li et al. 2020) that lets the first trial, the recipe itself, run to its end.
 
-    So whatever is best is known to beat the recipe, and not only a part of its training.
+    So whatever is best is known to beat the recipe, and not only a part of its training. Trials are compared by the
+    best score that each has had so far (ours): single validations jump, most of all while the learning rate is high,
+    and their ranks say less of the last ones.
     """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._best: dict[str, float] = {}  # by trial, larger being better
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """What becomes of a trial that has reported."""
-        action = super().on_trial_result(tune_controller, trial, result)
+        action = super().on_trial_result(tune_controller, trial, self._at_best(trial, result))
         # Ray Tune counts a searcher's trials at the head of their tags, from 1.
         spared = str(trial.experiment_tag).partition("_")[0] == "1" and FAILURE not in result
         return TrialScheduler.CONTINUE if spared else action
@@ -75,15 +80,26 @@ class Asha(SweepScheduler, ASHAScheduler):
         if FAILURE in result:
             self.on_trial_remove(tune_controller, trial)
         else:
-            super().on_trial_complete(tune_controller, trial, result)
+            super().on_trial_complete(tune_controller, trial, self._at_best(trial, result))
 
-    def known(self) -> list[Any]:
-        """The scores at each rung, for `recall`."""
-        return [bracket._rungs for bracket in self._brackets]
+    def _at_best(self, trial: Trial, result: dict[str, Any]) -> dict[str, Any]:
+        """A result with the best score that its trial has had so far."""
+        metric = str(self._metric)
+        score = result.get(metric)
+        if FAILURE in result or score is None:
+            return result
+        best = max(self._metric_op * score, self._best.get(trial.trial_id, -math.inf))
+        self._best[trial.trial_id] = best
+        return {**result, metric: self._metric_op * best}
 
-    def recall(self, known: list[Any]) -> None:
+    def known(self) -> dict[str, Any]:
+        """The scores at each rung, and the best ones, for `recall`."""
+        return {"rungs": [bracket._rungs for bracket in self._brackets], "best": self._best}
+
+    def recall(self, known: dict[str, Any]) -> None:
         """Take up the scores of a driver that was killed."""
-        for bracket, rungs in zip(self._brackets, known, strict=True):
+        self._best = known["best"]
+        for bracket, rungs in zip(self._brackets, known["rungs"], strict=True):
             bracket._rungs = rungs
 
 
@@ -190,11 +206,11 @@ def make_scheduler(
     grace = min(-(-grace // evaluate_every) * evaluate_every, iterations)
     # Limits lie above the last iteration, so that a trial that gets there ends by itself instead of being killed.
     if name == "asha":
-        return Asha(time_attr="iteration", max_t=iterations + 1, grace_period=grace, reduction_factor=ASHA_REDUCTION)
+        return Asha(time_attr="iteration", max_t=iterations + 1, grace_period=grace, reduction_factor=REDUCTION)
     if name == "hyperband":
         most = -(-iterations // evaluate_every) + 1
         now = places if callable(places) else lambda: places
-        return HyperBand(now, time_attr="validations", max_t=most, reduction_factor=HYPERBAND_REDUCTION)
+        return HyperBand(now, time_attr="validations", max_t=most, reduction_factor=REDUCTION)
     if name == "none":
         return Plain()
     check_population(name, space)

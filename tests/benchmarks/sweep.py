@@ -6,7 +6,7 @@
 
 The curves are those of real trainings on CamVid, of points drawn at random from a search space, without Ray. The
 simulation runs the sweep's own scheduler over thousands of trials made from them: each is a mixture of two curves and
-the noise of a validation. A second set of curves, with which nothing was chosen, is that of the real sweep to the end.
+the noise of a validation. A second set of curves is that of the real sweep to the end.
 
 The real sweeps are random search, all of whose trials run to their end; ASHA on the same points; and what a sweep does
 by itself, ASHA with Optuna. Their recipe has a learning rate for fine-tuning, so that it is not the best point of a
@@ -246,8 +246,10 @@ trials at a time; the first one, the recipe, is never stopped under asha. Gain: 
 what random search finds best, in points of mIoU. Where asha tried more trials than random search, it was let to, within
 {TARGET:.0%} of its steps.
 
-The first set, with which ASHA's own grace and reduction were chosen: {simulation_table(CURVES)}
-The second, of the real sweep, with which nothing was chosen: {simulation_table(SECOND_CURVES)}"""
+ASHA's own grace was chosen with the first set; its reduction, and that it compares the best scores so far, with both.
+
+The first set: {simulation_table(CURVES)}
+The second set: {simulation_table(SECOND_CURVES)}"""
 
 
 def camvid_of(source: Path, folder: Path) -> str:

@@ -13,7 +13,7 @@ from ray.tune.schedulers.pbt import _PBTTrialState
 
 from pipeline.command_line import WrongCall
 from pipeline.schedulers import (
-    ASHA_REDUCTION,
+    REDUCTION,
     Asha,
     HyperBand,
     Pb2,
@@ -58,7 +58,7 @@ def test_asha_compares_trials_at_validations_alone_whatever_the_grace() -> None:
         found = make_scheduler("asha", SearchSpace({}, {}, LR), 90, 10, grace, 1)
         swept = SimulatedSweep(found, curves(60, 9), places=1, every=10)
         ended = {trial.steps for trial in swept.run()}
-        assert ended <= {first * ASHA_REDUCTION**rung for rung in range(3)} | {9}
+        assert ended <= {first * REDUCTION**rung for rung in range(3)} | {9}
         assert min(ended) == first
 
 
@@ -68,6 +68,28 @@ def test_asha_never_stops_the_recipe_itself() -> None:
     trials = SimulatedSweep(scheduler("asha"), known, places=2, every=10).run()
     assert trials[0].steps == 9
     assert min(trial.steps for trial in trials[1:]) == 1
+
+
+def test_asha_compares_the_best_that_trials_have_had_so_far() -> None:
+    """Also after a restart, and where the smaller is the better."""
+    for mode, sign in (("max", 1), ("min", -1)):
+        found = make_scheduler("asha", SearchSpace({}, {}, LR), 90, 10, 30, 1)
+        assert isinstance(found, Asha)
+        found.set_search_properties("loss", mode)
+        told = []
+        for number, curve in enumerate([[1, 1, 1], [5, 5, 5], [6, 2, 2], [2, 6, 4], [1, 3, 4]], start=1):
+            trial: Any = SimulatedTrial(number, [])
+            said = ""
+            found.on_trial_add(None, trial)  # pyright: ignore[reportArgumentType]
+            for step, score in enumerate(curve, start=1):
+                said = found.on_trial_result(None, trial, {"iteration": 10 * step, "loss": sign * score})  # pyright: ignore[reportArgumentType]
+                fresh = make_scheduler("asha", SearchSpace({}, {}, LR), 90, 10, 30, 1)
+                fresh.set_search_properties("loss", mode)
+                fresh.on_trial_add(None, trial)  # pyright: ignore[reportArgumentType]
+                fresh.recall(pickle.loads(pickle.dumps(found.known())))
+                found = fresh
+            told.append(said)
+        assert told == [TrialScheduler.CONTINUE] * 4 + [TrialScheduler.STOP]
 
 
 def test_what_asha_knows_survives_a_killed_driver() -> None:
@@ -157,7 +179,7 @@ def test_a_trial_that_reports_its_failure_is_over_and_its_score_counts_nowhere(n
     assert found.on_trial_result(controller, trial, result) == TrialScheduler.STOP
     found.on_trial_complete(controller, trial, result)
     if isinstance(found, Asha):
-        assert all(not recorded for rungs in found.known() for _, recorded in rungs)
+        assert all(not recorded for rungs in found.known()["rungs"] for _, recorded in rungs)
 
 
 @pytest.mark.parametrize(
