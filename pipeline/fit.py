@@ -26,7 +26,11 @@ PLACEMENT_GROUP = "placement_group"  # among the reported metrics: its id
 
 
 def fit(
-    config: TrainConfig, reporter: Reporter, callbacks: Sequence[UserCallback] = (), start: str | None = None
+    config: TrainConfig,
+    reporter: Reporter,
+    callbacks: Sequence[UserCallback] = (),
+    start: str | None = None,
+    count_work: bool = False,
 ) -> Result:
     """Run the training loop on the cluster; goes on from the last checkpoint below `config.run`, if there is one.
 
@@ -35,11 +39,13 @@ def fit(
         reporter: is told iterations and loss.
         callbacks: Ray Train's, called in its controller process.
         start: URL of another run's checkpoint, whose weights a run that has none of its own begins with.
+        count_work: whether what is reported, and the history, have the model's `gflops`.
     """
+    job = {"config": config, "reporter": reporter, "start": start, "count_work": count_work}
     outages = 0
     while True:
         try:
-            return _fit(config, reporter, [EndForGood(), *callbacks], start)
+            return _fit(config, job, [EndForGood(), *callbacks])
         except ControllerError as error:
             cause = mendable_cause(error.controller_failure)
             if cause is not None and not isinstance(cause, StorageOutage):
@@ -68,7 +74,7 @@ class EndForGood(UserCallback):
                 raise cause
 
 
-def _fit(config: TrainConfig, reporter: Reporter, callbacks: Sequence[UserCallback], start: str | None) -> Result:
+def _fit(config: TrainConfig, job: dict[str, Any], callbacks: Sequence[UserCallback]) -> Result:
     filesystem, path = storage.arrow_filesystem(config.run)
     resources = config.resources
     workers = resources.workers if resources.min_workers is None else (resources.min_workers, resources.workers)
@@ -77,7 +83,7 @@ def _fit(config: TrainConfig, reporter: Reporter, callbacks: Sequence[UserCallba
         per_worker = {"CPU": resources.cpus_per_worker + FEEDING_CPUS}
     trainer = TorchTrainer(
         _train_worker,
-        train_loop_config={"config": config, "reporter": reporter, "start": start},
+        train_loop_config=job,
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=resources.use_gpu,

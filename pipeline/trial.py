@@ -193,7 +193,7 @@ def _validations(
     done = 0
     if not storage.exists(storage.join(config.run, MODEL_FOLDER, CONFIG)):  # it has not ended yet
         queue = Queue(actor_options={"num_cpus": 0})
-        training = _begun(partial(fit, config, part, [_HandOver(queue, config.run)], start))
+        training = _begun(partial(fit, config, part, [_HandOver(queue, config.run)], start, count_work=True))
         for metrics, checkpoint in _items(queue, training):
             done = metrics["iteration"]
             yield metrics, checkpoint
@@ -203,7 +203,7 @@ def _validations(
         last = storage.read_json(storage.join(config.run, HISTORY_FILE))
         logged = [point for point in last["training"] if point["loss"] is not None]
         loss = logged[-1]["loss"] if logged else math.nan
-        yield {"loss": loss, "gflops": last["gflops"], **last["validation"][-1]}, ""
+        yield {"loss": loss, "gflops": last.get("gflops"), **last["validation"][-1]}, ""
     part.update(config.iterations)
 
 
