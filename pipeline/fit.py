@@ -30,7 +30,7 @@ def fit(
     reporter: Reporter,
     callbacks: Sequence[UserCallback] = (),
     start: str | None = None,
-    count_work: bool = False,
+    count_gflops: bool = False,
 ) -> Result:
     """Run the training loop on the cluster; goes on from the last checkpoint below `config.run`, if there is one.
 
@@ -39,9 +39,9 @@ def fit(
         reporter: is told iterations and loss.
         callbacks: Ray Train's, called in its controller process.
         start: URL of another run's checkpoint, whose weights a run that has none of its own begins with.
-        count_work: whether what is reported, and the history, have the model's `gflops`.
+        count_gflops: whether what is reported, and the history, have the model's `gflops`.
     """
-    job = {"config": config, "reporter": reporter, "start": start, "count_work": count_work}
+    job = {"config": config, "reporter": reporter, "start": start, "count_gflops": count_gflops}
     outages = 0
     while True:
         try:

@@ -60,8 +60,8 @@ class Asha(SweepScheduler, ASHAScheduler):
     """Asynchronous successive halving (Li et al. 2020) that lets the first trial, the recipe itself, run to its end.
 
     So whatever is best is known to beat the recipe, and not only a part of its training. Trials are compared by the
-    best score that each has had so far (ours): single validations jump, most of all while the learning rate is high,
-    and their ranks say less of the last ones.
+    best score that each has had so far (ours): single validations jump, most of all while the learning rate is high.
+    The price is that one which was good once, and is no longer, goes on for longer.
     """
 
     def __init__(self, **options: Any) -> None:

@@ -47,24 +47,24 @@ NOTICED_EVERY = 5  # iterations between looks at whether another checkpoint can 
 SCORES = ("miou", "macc", "aacc")  # of a validation
 
 
-def train_worker(config: TrainConfig, reporter: Reporter, start: str | None, count_work: bool) -> None:
+def train_worker(config: TrainConfig, reporter: Reporter, start: str | None, count_gflops: bool) -> None:
     """What each worker of a training does.
 
     Args:
-        config, reporter, start, count_work: as of `fit`.
+        config, reporter, start, count_gflops: as of `fit`.
 
     Raises:
         PipelineError: if nothing can be built from the configuration, or too many steps have no finite gradient.
     """
     if not config.resources.use_gpu:
         torch.set_num_threads(max(1, math.ceil(config.resources.cpus_per_worker)))
-    _Training(config, reporter, start, count_work).run()
+    _Training(config, reporter, start, count_gflops).run()
 
 
 class _Training:
     """The state of one worker's training, and its steps in order."""
 
-    def __init__(self, config: TrainConfig, reporter: Reporter, start: str | None, count_work: bool) -> None:
+    def __init__(self, config: TrainConfig, reporter: Reporter, start: str | None, count_gflops: bool) -> None:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.config, self.reporter = config, reporter
@@ -102,7 +102,7 @@ class _Training:
             begun = self.checkpoints.read(start)
             self.step.load_state_dict(begun["step"], settings=False)
             self.history = begun["history"] | {"trackers": {}}
-        if count_work:
+        if count_gflops and self.rank == 0 and "gflops" not in self.history:
             self.history["gflops"] = gflops(config)
         self.history["starts"].append({"iteration": self.step.iteration, "workers": self.world_size})
         self.log: RunLog | None = None

@@ -193,7 +193,7 @@ def _validations(
     done = 0
     if not storage.exists(storage.join(config.run, MODEL_FOLDER, CONFIG)):  # it has not ended yet
         queue = Queue(actor_options={"num_cpus": 0})
-        training = _begun(partial(fit, config, part, [_HandOver(queue, config.run)], start, count_work=True))
+        training = _begun(partial(fit, config, part, [_HandOver(queue, config.run)], start, count_gflops=True))
         for metrics, checkpoint in _items(queue, training):
             done = metrics["iteration"]
             yield metrics, checkpoint

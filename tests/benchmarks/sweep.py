@@ -2,11 +2,13 @@
 
     python -m tests.benchmarks.sweep --data /path/to/camvid            all of it
     python -m tests.benchmarks.sweep --data /path/to/camvid --record   the learning curves that are simulated with
+    python -m tests.benchmarks.sweep --data /path/to/camvid --sweeps random   some of the real sweeps, only shown
     python -m tests.benchmarks.sweep                                   the simulation alone, with the curves on record
 
 The curves are those of real trainings on CamVid, of points drawn at random from a search space, without Ray. The
 simulation runs the sweep's own scheduler over thousands of trials made from them: each is a mixture of two curves and
-the noise of a validation. A second set of curves is that of the real sweep to the end.
+the noise of a validation. A second set of curves is that of the real sweep to the end,
+which are kept where there is no such file yet.
 
 The real sweeps are random search, all of whose trials run to their end; ASHA on the same points; and what a sweep does
 by itself, ASHA with Optuna. Their recipe has a learning rate for fine-tuning, so that it is not the best point of a
@@ -36,6 +38,7 @@ from pipeline.cluster import connected
 from pipeline.images import decode_label, decode_photograph
 from pipeline.ingest import IngestConfig, ingest
 from pipeline.prediction import predictor_of
+from pipeline.run_folder import HISTORY_FILE
 from pipeline.schedulers import SchedulerName, make_scheduler
 from pipeline.search_space import SearchSpace
 from pipeline.searchers import SearcherName, new_study
@@ -219,6 +222,7 @@ def simulation_table(file: Path) -> str:
         found = simulate(curves, name, grace, more)
         gains = [100 * outcome.gain for outcome in found]
         graces = f", grace {grace or 'as it is'}" if name == "asha" else ""
+        graces += f", within {TARGET:.0%}" if more > 1 else ""
         rows.append(
             f"| {name}{graces} "
             f"| {statistics.fmean(outcome.trials for outcome in found):.0f} "
@@ -243,8 +247,8 @@ def simulation() -> str:
 {REPETITIONS} sweeps through the sweep's own scheduler, beside random search: {SIMULATED} trials, all to their end. Each
 trial mixes two recorded learning curves; a validation shows it with a noise of {100 * NOISE:.1f} points. {PLACES}
 trials at a time; the first one, the recipe, is never stopped under asha. Gain: how far what is found best lies above
-what random search finds best, in points of mIoU. Where asha tried more trials than random search, it was let to, within
-{TARGET:.0%} of its steps.
+what random search finds best, in points of mIoU. Within {TARGET:.0%}: as many trials as have room in so much of random
+search's steps.
 
 ASHA's own grace was chosen with the first set; its reduction, and that it compares the best scores so far, with both.
 
@@ -266,7 +270,7 @@ def steps_until(trials: Sequence[TrialRecord], moment: float) -> int:
     """Iterations that all trials had done by then, as far as their histories say, which is to the last ten each."""
     steps = 0
     for trial in trials:
-        history = storage.read_json(storage.join(trial.run, "history.json"))
+        history = storage.read_json(storage.join(trial.run, HISTORY_FILE))
         steps += max((point["iteration"] for point in history["training"] if point["time"] <= moment), default=0)
     return steps
 
@@ -300,7 +304,7 @@ def overheads(trials: Sequence[TrialRecord]) -> list[float]:
     """Seconds from the start of each trial's process to the end of its first step, without building its model."""
     space, found = SearchSpace(BASE, {}, SPACE), []
     for trial in trials:
-        history = storage.read_json(storage.join(trial.run, "history.json"))
+        history = storage.read_json(storage.join(trial.run, HISTORY_FILE))
         begun = time.perf_counter()
         RSSNet(_with_classes(space.config("unused", "unused", trial.parameters)))
         building = time.perf_counter() - begun
@@ -319,7 +323,7 @@ def real_table(camvid: Path, names: Sequence[str]) -> str:
         places = int((ray.cluster_resources()["CPU"] + 1e-6) // 0.9)
         for name in names:
             trials = real_sweep(data, base, f"{folder}/{name.replace(', ', '-')}", name)
-            if name == "random":
+            if name == "random" and not SECOND_CURVES.is_file():
                 curves = [[point["miou"] for point in trial.curve] for trial in trials]
                 keep_curves(SECOND_CURVES, [trial.parameters for trial in trials], curves)
             rows.append(real_row(name, trials, places, whole))
@@ -374,8 +378,13 @@ def main() -> None:
         return
     if not CURVES.is_file():
         parser.error(f"there are no curves to simulate with at {CURVES}: give --data FOLDER --record first")
+    if not SECOND_CURVES.is_file() and not arguments.data:
+        parser.error(f"there are no curves to simulate with at {SECOND_CURVES}: give --data FOLDER")
     if arguments.data:
-        _write("sweep-real", device, real_table(arguments.data, arguments.sweeps))
+        table = real_table(arguments.data, arguments.sweeps)
+        if arguments.sweeps != list(REAL_SWEEPS):
+            return
+        _write("sweep-real", device, table)
     _write("sweep", device, simulation())
 
 
