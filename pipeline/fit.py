@@ -22,7 +22,6 @@ from pipeline.train_config import TrainConfig
 from pipeline.train_resources import FEEDING_CPUS
 
 CONTROLLER_FAILURES = 3  # ray retries a group that cannot start for ever unless told a number
-PLACEMENT_GROUP = "placement_group"  # among the reported metrics: its id
 
 
 def fit(

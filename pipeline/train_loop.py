@@ -22,7 +22,6 @@ from pipeline import dataset, metrics, storage
 from pipeline.checkpoints import Checkpoints, best_iterations
 from pipeline.device_batches import DeviceBatch, device_batches
 from pipeline.errors import PipelineError
-from pipeline.fit import PLACEMENT_GROUP
 from pipeline.inference_config import write_inference
 from pipeline.parallel_model import parallel_model, shard, whole_model, with_shared_statistics
 from pipeline.prediction import predictor_of
@@ -45,6 +44,7 @@ from rssnet.serialization import CONFIG
 LOG_EVERY = 10
 NOTICED_EVERY = 5  # iterations between looks at whether another checkpoint can be made before a node goes
 SCORES = ("miou", "macc", "aacc")  # of a validation
+PLACEMENT_GROUP = "placement_group"  # among the reported metrics: its id
 
 
 def train_worker(config: TrainConfig, reporter: Reporter, start: str | None, count_gflops: bool) -> None:
@@ -70,7 +70,7 @@ class _Training:
         self.config, self.reporter = config, reporter
         self.device = ray.train.torch.get_device()
         self.data = patiently(partial(dataset.open, config.dataset))
-        require_buildable(config, self.data.classes)
+        require_buildable(config, self.data.classes)  # of a trial nobody has seen to that: its process loads no timm
         self.layout = torch.channels_last if config.resources.channels_last else torch.contiguous_format
 
         torch.manual_seed(config.seed)  # the same initial weights on every worker

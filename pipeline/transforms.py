@@ -8,8 +8,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
+from pipeline.augmentation_config import AugmentationConfig
 from pipeline.dataset import IGNORE_LABEL
-from pipeline.train_config import AugmentationConfig
 
 CROP_ATTEMPTS = 10
 # Ranges of the factors, and of the shift of hue as a share of the circle, as in SSD (arXiv 1512.02325) and after it in

@@ -19,10 +19,10 @@ from ray.tune.experiment import Trial as RayTrial
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from pipeline.errors import PipelineError, mendable_cause
-from pipeline.fit import PLACEMENT_GROUP
 from pipeline.objectives import METRICS
 from pipeline.schedulers import SweepScheduler
 from pipeline.searchers import FAILURE, PLANNED
+from pipeline.train_loop import PLACEMENT_GROUP
 from pipeline.trial import ERROR, PARENT, RUN, is_out_of_memory
 
 TRIALS_SCHEMA = pa.schema(

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import dataset, storage
+from pipeline.augmentation_config import AugmentationConfig
 from pipeline.dataset import SCHEMA, Chunk, DatasetInfo, SplitInfo
 from pipeline.images import encode_png
 from pipeline.parquet_files import write_table
 from pipeline.sample_stream import Window, batches_ahead, plan_windows, sample_batches
-from pipeline.train_config import AugmentationConfig
 from pipeline.transforms import Augmentation
 
 HEIGHT, WIDTH = 6, 8

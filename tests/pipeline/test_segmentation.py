@@ -1,4 +1,4 @@
-"""What a bucket of images becomes: each image one row, exactly once, whatever happens between and during runs."""
+"""What a bucket of images becomes: each image one row, exactly once, whatever changes between runs."""
 
 import dataclasses
 import io

@@ -9,8 +9,8 @@ import torch
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor
 
+from pipeline.augmentation_config import AugmentationConfig
 from pipeline.images import decode_label, decode_photograph
-from pipeline.train_config import AugmentationConfig
 from pipeline.train_step import TrainStep
 from pipeline.transforms import Augmentation
 from rssnet import LossConfig, RSSNet, RSSNetConfig, RSSNetLoss

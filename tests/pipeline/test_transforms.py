@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.augmentation_config import AugmentationConfig
 from pipeline.dataset import IGNORE_LABEL
-from pipeline.train_config import AugmentationConfig
 from pipeline.transforms import Augmentation
 
 FILL = (1, 2, 3)

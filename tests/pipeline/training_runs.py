@@ -10,11 +10,12 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import dataset, storage
+from pipeline.augmentation_config import AugmentationConfig
 from pipeline.dataset import SCHEMA, DatasetInfo, SplitInfo
 from pipeline.images import encode_png
 from pipeline.parquet_files import write_table
 from pipeline.street_scenes import NAMES, PALETTE, draw_scene
-from pipeline.train_config import AugmentationConfig, OptimizerConfig, TrainConfig
+from pipeline.train_config import OptimizerConfig, TrainConfig
 from rssnet import RSSNetConfig
 
 MODEL = RSSNetConfig(
