@@ -96,11 +96,12 @@ def search_space(config: SweepConfig) -> SearchSpace:
         next(space.grid())
     if config.warm_start and config.searcher != "optuna":
         raise WrongCall(f"warm_start is for the searcher optuna, and {config.searcher} does not learn: leave it out.")
-    if "iterations" in config.space and config.scheduler != "none":
-        raise WrongCall(
-            f"iterations is searched, but the scheduler {config.scheduler} compares trials that are to do as many: fix "
-            "it, or take the scheduler none."
-        )
+    for name in ("iterations", "evaluate_every"):
+        if name in config.space and config.scheduler != "none":
+            raise WrongCall(
+                f"{name} is searched, but the scheduler {config.scheduler} compares trials that have it in common: "
+                "fix it, or take the scheduler none."
+            )
     objectives = config.objectives
     if config.scheduler in POPULATIONS and config.searcher != "random":
         raise WrongCall(

@@ -64,18 +64,7 @@ class TrialTable(Progress):
                 return
 
     def _summary(self, records: Sequence[TrialRecord], done: float) -> str:
-        ended = sum(record.state in ENDED for record in records)
-        running = sum(record.state == "running" for record in records)
-        said = [f"{ended} of {self.count} trials done", f"{running} running"]
-        best = self.objectives.best([record.metrics for record in records])
-        if best is not None:
-            said.append(f"trial {records[best].trial} leads with {_scores(records[best], self.objectives)}")
-        rate = self._rate(done)
-        if rate:
-            said.append(f"{rate:.1f} iterations/s")
-            if done < self.total and ended < self.count:
-                said.append(f"at most {timedelta(seconds=round((self.total - done) / rate))} left")
-        return ", ".join(said)
+        return sweep_line(records, self.objectives, self.count, self.total - done, self._rate(done))
 
 
 def trial_table(records: Sequence[TrialRecord], objectives: Objectives) -> Table:
@@ -103,6 +92,31 @@ def trial_table(records: Sequence[TrialRecord], objectives: Objectives) -> Table
             style=style,
         )
     return table
+
+
+def sweep_line(
+    records: Sequence[TrialRecord], objectives: Objectives, count: int, left: float, rate: float | None
+) -> str:
+    """A sweep in one line.
+
+    Args:
+        records: of the trials that there are.
+        objectives: of the sweep.
+        count: trials that there will be.
+        left: iterations, if nothing is stopped early.
+        rate: iterations per second, where that is known.
+    """
+    ended = sum(record.state in ENDED for record in records)
+    running = sum(record.state == "running" for record in records)
+    said = [f"{ended} of {count} trials done", f"{running} running"]
+    best = objectives.best([record.metrics for record in records])
+    if best is not None:
+        said.append(f"trial {records[best].trial} leads with {_scores(records[best], objectives)}")
+    if rate:
+        said.append(f"{rate:.1f} iterations/s")
+        if left > 0 and ended < count:
+            said.append(f"at most {timedelta(seconds=round(left / rate))} left")
+    return ", ".join(said)
 
 
 def trial_line(record: TrialRecord, objectives: Objectives) -> str:

@@ -310,6 +310,7 @@ def test_a_budget_ends_a_sweep_with_what_it_has(scenes: str, tmp_path: Path) -> 
         ({"searcher": "random", "warm_start": ["s3://runs/1"]}, "warm_start is for the searcher optuna"),
         ({"scheduler": "hyperband", "objective": ["miou", "gflops"]}, "hyperband compares trials by one objective"),
         ({"space": {"iterations": {"choice": [80_000, 40_000]}}}, "iterations is searched, but the scheduler asha"),
+        ({"space": {"evaluate_every": {"choice": [4000, 2000]}}}, "evaluate_every is searched, but the scheduler asha"),
     ],
 )
 def test_a_sweep_that_cannot_be_is_refused_before_anything_starts(changes: dict[str, Any], says: str) -> None:

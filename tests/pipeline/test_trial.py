@@ -27,7 +27,7 @@ from pipeline.train_config import TrainConfig
 from pipeline.train_parts import gflops
 from pipeline.trial import ERROR, PARENT, RUN, Pointer, TrialJob, _place, _validations, failure_of
 from pipeline.trial_book import TRIALS_SCHEMA, NotRestored, TrialBook, TrialRecord
-from pipeline.trial_table import trial_line, trial_table
+from pipeline.trial_table import sweep_line, trial_line, trial_table
 from pipeline.warm_start import TRIALS_FILE, read_trials
 from rssnet import CrossAttentionConfig, RSSNetConfig
 
@@ -73,8 +73,12 @@ def test_a_trial_trains_in_a_place_of_its_own_for_each_set_of_weights() -> None:
 
 def test_neither_a_trials_process_nor_a_trainings_controller_loads_timm() -> None:
     """For seconds of each trial, and of the cores that other trials train on."""
-    code = "import sys; from pipeline.trial import SearchSpace, fit; SearchSpace({}, {}, {}).config('d', 'r', {}); "
-    code += "print('timm' in sys.modules)"
+    code = """
+import sys
+from pipeline.trial import SearchSpace, fit
+SearchSpace({}, {}, {"optimizer.lr": {"uniform": [0, 1]}}).config("dataset", "run", {"optimizer.lr": 0.1})
+print("timm" in sys.modules)
+"""
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
@@ -252,6 +256,16 @@ def test_the_trials_that_matter_are_shown() -> None:
     assert "5" not in shown
     assert trial_line(records[7], MIOU) == "trial 7 finished, miou 0.07 at 100 (lr 0.0001)"
     assert trial_line(record(1, "out_of_memory"), MIOU) == "trial 1 out of memory: why (lr 0.0001)"
+
+
+def test_a_sweep_has_time_left_only_while_trials_are_to_end() -> None:
+    def trial(number: int, state: str) -> TrialRecord:
+        return TrialRecord(number, str(number), {}, 100, 1, state, [{"iteration": 50, "miou": number / 10}])
+
+    begun = sweep_line([trial(0, "finished"), trial(1, "running")], MIOU, 2, 50, 2.0)
+    assert begun == "1 of 2 trials done, 1 running, trial 1 leads with miou 0.1, 2.0 iterations/s, at most 0:00:25 left"
+    ended = sweep_line([trial(0, "finished"), trial(1, "stopped")], MIOU, 2, 50, 2.0)
+    assert ended == "2 of 2 trials done, 0 running, trial 1 leads with miou 0.1, 2.0 iterations/s"
 
 
 def test_a_budget_ends_a_sweep_when_it_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
