@@ -94,7 +94,8 @@ class Watch:
                 self.attempts.end.remote(self.stage, [number])
 
     def _ask(self, method: str, about: Any) -> bool:
-        return ray.get(getattr(self.attempts, method).remote(self.stage, about))
+        # Not by `ray.get`, while which waits Ray lends the CPUs of this task to another one, in one process more.
+        return getattr(self.attempts, method).remote(self.stage, about).future().result()
 
     @property
     def reason(self) -> str:

@@ -58,6 +58,7 @@ class Pending:
         files: of the images without a row that stands.
         outdated: rows that a new attempt replaces.
         masked: rows of this model with a mask, also of images that are not listed any more.
+        unusable: listed images whose row stands and says why there is no mask.
     """
 
     listed: int
@@ -67,6 +68,7 @@ class Pending:
     files: list[PendingFile]
     outdated: "Rows"
     masked: int
+    unusable: int
 
     @property
     def images(self) -> int:
@@ -111,6 +113,7 @@ class _Compared:
     fingerprint: int
     files: list[PendingFile]
     masked: int
+    unusable: int
 
 
 class Census:
@@ -152,6 +155,7 @@ class Census:
             files=sorted((file for part in found for file in part.files), key=lambda file: file.again),
             outdated=Rows.of(zip([table for _, _, table in compared], outdated, strict=True)),
             masked=sum(part.masked for part in found),
+            unusable=sum(part.unusable for part in found),
         )
 
     def gone(self, source: ImageSource) -> Rows:
@@ -283,8 +287,10 @@ def _compared(images: list[ObjectRef], rows: list[ObjectRef], place: str) -> tup
     listed, present = _joined(images, LISTED), _joined(rows, ROW_KEYS)
     first = _without_repetition(listed)
     again = pc.field("status").isin(TRIED_AGAIN)
-    standing = present.filter(~again).select(["image_uri", "version"])
-    pending = first.join(standing, ["image_uri", "version"], join_type="left anti")
+    keys = ["image_uri", "version"]
+    pending = first.join(present.filter(~again).select(keys), keys, join_type="left anti")
+    refused = present.filter(~again & (pc.field("status") != OK)).select(keys)
+    unusable = first.select(keys).join(refused, keys, join_type="left semi").num_rows
     pending = pending.sort_by([(name, "ascending") for name in ("container", "offset", "image_uri")])
     # What was said of a tar as a whole is out of date when its images are listed.
     there = {*first["image_uri"].to_pylist(), *first["container"].unique().to_pylist()}
@@ -301,7 +307,7 @@ def _compared(images: list[ObjectRef], rows: list[ObjectRef], place: str) -> tup
     uris, versions = (_hashes(first[name].to_pylist()) for name in ("image_uri", "version"))
     fingerprint = int((uris * (np.uint64(2) * versions + np.uint64(1))).sum(dtype=np.uint64))
     masked = present.filter(pc.field("status") == OK).num_rows
-    summary = _Compared(first.num_rows, listed.num_rows - first.num_rows, fingerprint, files, masked)
+    summary = _Compared(first.num_rows, listed.num_rows - first.num_rows, fingerprint, files, masked, unusable)
     return summary, _Found.of(outdated), outdated
 
 

@@ -223,7 +223,10 @@ class _Run:
         inputs = {"model": self.model, "images": pending.fingerprint}
         finished = finished_record(config.out, WORKFLOW, config, inputs)
         if finished and not pending.images and not config.new:
-            announce(f"nothing new: all {pending.listed} images of {config.images} have their rows in {config.out}")
+            without = f", {pending.unusable} of which say why there is no mask" if pending.unusable else ""
+            announce(
+                f"nothing new: all {pending.listed} images of {config.images} have their rows in {config.out}{without}"
+            )
             return finished
         outputs = [mask_store.FOLDER, *([TABLE_FILE, PLOT_FILE] if config.summary else [])]
         with record_run(config.out, WORKFLOW, config, inputs, outputs, run_id=store.run_id) as record:

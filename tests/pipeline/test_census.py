@@ -88,7 +88,7 @@ def test_pending_is_what_has_no_row_of_this_model_that_stands(images, out, bucke
         ("new.jpg", "again.jpg", "other model.jpg", "überschrieben.jpg", "a#b%20c.jpg")
     )
     assert (pending.listed, pending.others, pending.listed_twice, pending.images) == (7, 1, 0, 5)
-    assert pending.masked == 4
+    assert (pending.masked, pending.unusable) == (4, 1)
     assert _keys(pending.outdated) == {("again.jpg", "model", "masks/again-1.parquet")}
 
 
@@ -109,7 +109,7 @@ def test_rows_of_other_models_and_of_what_is_gone_are_found(images, out):
 def test_the_fingerprint_hangs_on_images_and_versions_alone(images, bucket, monkeypatch):
     nothing, work = storage.join(bucket, "nothing"), storage.join(bucket, "work")
     first = _census(images, nothing, "model").pending(work)
-    assert first.masked == 0
+    assert (first.masked, first.unusable) == (0, 0)
     assert _keys(first.outdated) == set()
     monkeypatch.setattr(census, "PARTITION_ROWS", 2)
     assert _census(images, nothing, "another").pending(work).fingerprint == first.fingerprint

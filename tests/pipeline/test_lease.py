@@ -94,7 +94,10 @@ def test_who_comes_second_learns_who_is_there_and_may_come_when_it_has_ended(pla
 
 
 def test_of_several_that_come_at_once_one_gets_in(place):
+    begins = threading.Barrier(4)  # without which a thread that is quickly done would try twice
+
     def tries(name: int) -> bool:
+        begins.wait()
         try:
             lease = Lease(place, f"run{name}", seconds=60)
             lease.__enter__()

@@ -131,7 +131,9 @@ def test_a_second_run_writes_nothing(segmented, capsys):
     config, first = segmented
     files, record = files_of(config.out), Path(config.out, "run.json").read_bytes()
     assert segment(config) == first
-    assert "nothing new" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "nothing new: all 12 images" in out
+    assert "3 of which say why there is no mask" in out
     assert (files_of(config.out), Path(config.out, "run.json").read_bytes()) == (files, record)
 
 

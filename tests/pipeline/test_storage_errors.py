@@ -178,7 +178,8 @@ def test_requiring_a_bucket_that_is_there() -> None:
 def test_a_wrong_endpoint_is_no_absence_and_is_forgotten_with_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     storage.write_bytes("s3://data/endpoint", b"1")
     with monkeypatch.context() as wrong:
-        wrong.setenv("AWS_MAX_ATTEMPTS", "1")  # botocore's; s3fs still tries five times
+        wrong.setenv("AWS_MAX_ATTEMPTS", "1")
+        wrong.setattr("s3fs.S3FileSystem.retries", 1)  # of its own, beside those of botocore
         wrong.setenv("AWS_ENDPOINT_URL", "http://user:hush@127.0.0.1:1")
         for operation in (storage.read_bytes, storage.exists):
             with pytest.raises(StorageError, match=r"no connection to http://\*\*\*@127.0.0.1:1: check AWS"):
