@@ -19,16 +19,11 @@ from pipeline.errors import PipelineError
 from pipeline.images import encode_png
 from pipeline.ingest import IngestConfig, ingest
 from pipeline.run_record import read_record
+from tests.pipeline.image_files import encoded
 
 REPOSITORY = Path(__file__).parents[2]
 CLASSES = {"names": ["road", "car", "sky"], "palette": [[128, 64, 128], [64, 0, 128], [0, 0, 255]]}
 HEIGHT, WIDTH = 12, 16
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def photograph(seed: int) -> bytes:

@@ -17,6 +17,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from pipeline import storage
+from tests.pipeline.image_files import encoded
 
 HEIGHT, WIDTH = 20, 24
 IGNORED = 255
@@ -99,30 +100,23 @@ def meaning(values: np.ndarray, table: Table) -> np.ndarray:
     return np.array([[table[value] for value in row] for row in values.tolist()], np.uint8)
 
 
-def saved(image: Image.Image, kind: str = "PNG") -> bytes:
-    """An image as a file of a kind."""
-    buffer = io.BytesIO()
-    image.save(buffer, kind)
-    return buffer.getvalue()
-
-
 def png(values: np.ndarray) -> bytes:
     """A grey PNG, of 16 bits for uint16."""
-    return saved(Image.fromarray(values))
+    return encoded(Image.fromarray(values))
 
 
 def palette_png(values: np.ndarray) -> bytes:
     """A PNG of palette indices with VOC's colours."""
     image = Image.fromarray(values)
     image.putpalette([channel for index in range(256) for channel in voc_colour(index)])
-    return saved(image)
+    return encoded(image)
 
 
 def drawn_png(values: np.ndarray) -> bytes:
     """An RGB PNG in the colours of `OWN_CLASSES`."""
     colours = np.full((256, 3), OWN_CLASSES["ignore_colour"], np.uint8)
     colours[:3] = OWN_CLASSES["palette"]
-    return saved(Image.fromarray(colours[values]))
+    return encoded(Image.fromarray(colours[values]))
 
 
 def mat(variable: str) -> Encoder:
@@ -139,7 +133,7 @@ def mat(variable: str) -> Encoder:
 def photograph(seed: int, kind: str = "JPEG") -> bytes:
     """Noise, of the labels' size."""
     pixels = np.random.default_rng(seed).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-    return saved(Image.fromarray(pixels), kind)
+    return encoded(Image.fromarray(pixels), kind)
 
 
 @dataclass(frozen=True)

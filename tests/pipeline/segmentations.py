@@ -1,7 +1,6 @@
 """Photographs, configurations and rows of the tests of batch segmentation."""
 
 import dataclasses
-import io
 from collections import Counter
 from pathlib import Path
 
@@ -14,19 +13,14 @@ from pipeline.image_sources import LISTED
 from pipeline.parquet_files import write_table
 from pipeline.prediction_rows import SLICES, ImageReader
 from pipeline.segmentation import SegmentConfig
+from tests.pipeline.image_files import encoded
 
 
 def png(seed: int, height: int = 40, width: int = 70) -> bytes:
     """A photograph's worth of blocks of colour, another one for each seed."""
     blocks = np.random.default_rng(seed).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
     pixels = blocks.repeat(8, axis=0).repeat(8, axis=1)[:height, :width]
-    return encoded(Image.fromarray(pixels), "PNG")
-
-
-def encoded(image: Image.Image, encoding: str, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, encoding, **options)
-    return buffer.getvalue()
+    return encoded(Image.fromarray(pixels))
 
 
 def config_of(model: str, images: str, out: str, **settings: object) -> SegmentConfig:

@@ -13,7 +13,8 @@ from PIL import Image, features
 
 from pipeline import images
 from pipeline.images import BadImage, decode_photograph
-from tests.pipeline.test_images import CORNERS, ORIENTATION, UPRIGHT, encoded
+from tests.pipeline.image_files import encoded
+from tests.pipeline.test_images import CORNERS, ORIENTATION, UPRIGHT
 
 needs_avif = pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
 needs_heif = pytest.mark.skipif("HEIF" not in images.FORMATS, reason="pillow-heif is not installed")

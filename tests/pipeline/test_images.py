@@ -1,6 +1,5 @@
 """From a file's bytes to pixels: every kind of image as it is meant to be seen, every bad file one sentence."""
 
-import io
 import pickle
 import zlib
 
@@ -13,16 +12,11 @@ from PIL import Image
 
 from pipeline import images
 from pipeline.images import BadImage, decode_label, decode_photograph, encode_png
+from tests.pipeline.image_files import encoded
 
 ORIENTATION = 0x0112
 CORNERS = np.zeros((40, 60, 3), np.uint8)  # red top left, green top right, blue bottom left, black bottom right
 CORNERS[:20, :30, 0] = CORNERS[:20, 30:, 1] = CORNERS[20:, :30, 2] = 255
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def noise(height: int = 40, width: int = 60) -> Image.Image:

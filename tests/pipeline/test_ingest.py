@@ -18,11 +18,11 @@ from pipeline.images import decode_label, decode_photograph, encode_png
 from pipeline.ingest import IngestConfig, ingest
 from pipeline.inventory import Cut
 from pipeline.run_record import RunRecord, read_record
+from tests.pipeline.image_files import encoded
 from tests.pipeline.labelled_source import (
     CLASSES,
     HEIGHT,
     WIDTH,
-    encoded,
     label_values,
     photograph,
     portrait,

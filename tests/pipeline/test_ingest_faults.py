@@ -21,11 +21,11 @@ from pipeline.ingest import IngestConfig, ingest
 from pipeline.layouts import Shard
 from pipeline.records import read_shard
 from pipeline.run_record import RunRecord
+from tests.pipeline.image_files import encoded
 from tests.pipeline.labelled_source import (
     CLASSES,
     HEIGHT,
     WIDTH,
-    encoded,
     label_values,
     photograph,
     portrait,

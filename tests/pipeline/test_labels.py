@@ -15,7 +15,8 @@ from pipeline.images import BadImage
 from pipeline.labels import LabelCoding, training_ids
 from pipeline.layouts import class_set, read_layout
 from tests.pipeline import published_trees as trees
-from tests.pipeline.published_trees import FILES, IGNORED, NAMED, OWN_CLASSES, drawn_png, mat, palette_png, png, saved
+from tests.pipeline.image_files import encoded
+from tests.pipeline.published_trees import FILES, IGNORED, NAMED, OWN_CLASSES, drawn_png, mat, palette_png, png
 
 LABELLED = {name: write for name, write in {**FILES, **NAMED}.items() if name != "unlabelled"}
 
@@ -188,7 +189,7 @@ def test_an_ignore_value_above_255_needs_sixteen_bits(own) -> None:
 
 def test_a_label_of_one_bit_has_the_classes_0_and_1(own) -> None:
     bilevel = np.array([[False, True], [True, False]])
-    assert training_ids(saved(Image.fromarray(bilevel)), own()).tolist() == bilevel.astype(int).tolist()
+    assert training_ids(encoded(Image.fromarray(bilevel)), own()).tolist() == bilevel.astype(int).tolist()
 
 
 def test_a_label_drawn_in_colours_has_the_classes_of_the_palette(own) -> None:
@@ -198,18 +199,18 @@ def test_a_label_drawn_in_colours_has_the_classes_of_the_palette(own) -> None:
 
 def test_how_opaque_a_colour_is_means_nothing(own) -> None:
     pixels = np.array([[[128, 64, 128, 255], [64, 0, 128, 0], [0, 0, 255, 7], [255, 255, 255, 1]]], np.uint8)
-    assert training_ids(saved(Image.fromarray(pixels, "RGBA")), own()).tolist() == [[0, 1, 2, 255]]
+    assert training_ids(encoded(Image.fromarray(pixels, "RGBA")), own()).tolist() == [[0, 1, 2, 255]]
 
 
 def test_a_grey_label_with_transparency_has_its_grey_levels(own) -> None:
     pixels = np.array([[[0, 255], [2, 0], [9, 7]]], np.uint8)
-    assert training_ids(saved(Image.fromarray(pixels, "LA")), own()).tolist() == [[0, 2, 255]]
+    assert training_ids(encoded(Image.fromarray(pixels, "LA")), own()).tolist() == [[0, 2, 255]]
 
 
 @pytest.mark.parametrize("colour", [(0, 0, 254), (0, 255, 0), (128, 64, 0), (0, 1, 0)])
 def test_a_colour_of_no_class_makes_the_label_bad(own, colour: tuple[int, int, int]) -> None:
     pixels = np.array([[(0, 0, 255), colour, colour]], np.uint8)
-    error = bad(saved(Image.fromarray(pixels)), own())
+    error = bad(encoded(Image.fromarray(pixels)), own())
     assert error.reason == "unknown_label_value"
     assert error.detail.startswith(f"it has the value {colour} at 2 pixels, which is none of the classes (3 colours)")
 
@@ -221,20 +222,20 @@ def test_without_an_ignore_colour_every_pixel_must_have_a_class(own) -> None:
 
 def test_colours_that_two_classes_share_tell_nothing(own) -> None:
     coding = own(palette=[[1, 2, 3], [1, 2, 3], [4, 5, 6]])
-    assert bad(saved(Image.new("RGB", (2, 2), (4, 5, 6))), coding).reason == "label_mode"
+    assert bad(encoded(Image.new("RGB", (2, 2), (4, 5, 6))), coding).reason == "label_mode"
     assert training_ids(png(np.array([[0, 1, 2]], np.uint8)), coding).tolist() == [[0, 1, 2]]
 
 
 def test_voc_labels_drawn_in_its_colours_are_read_too(tmp_path: Path) -> None:
     (coding,) = codings(FILES["voc"], tmp_path).values()
     pixels = np.array([[trees.voc_colour(index) for index in range(21)]], np.uint8)
-    assert training_ids(saved(Image.fromarray(pixels)), coding).tolist() == [list(range(21))]
+    assert training_ids(encoded(Image.fromarray(pixels)), coding).tolist() == [list(range(21))]
 
 
 @pytest.mark.parametrize("name", [name for name, (_, encode) in TABLES.items() if encode is png])
 def test_a_benchmark_whose_labels_are_values_has_none_in_colours(name: str, tmp_path: Path) -> None:
     (coding,) = codings(LABELLED[name], tmp_path).values()
-    error = bad(saved(Image.new("RGB", (2, 2))), coding)
+    error = bad(encoded(Image.new("RGB", (2, 2))), coding)
     assert (error.reason, error.detail) == (
         "label_mode",
         "the label image has colours, class ids need a grey or palette image",
@@ -243,7 +244,7 @@ def test_a_benchmark_whose_labels_are_values_has_none_in_colours(name: str, tmp_
 
 @pytest.mark.parametrize(("mode", "kind"), [("CMYK", "TIFF"), ("F", "TIFF"), ("LAB", "TIFF"), ("YCbCr", "TIFF")])
 def test_a_label_of_a_mode_without_ids_is_refused(mode: str, kind: str, own) -> None:
-    data = saved(Image.new(mode, (2, 2)), kind)
+    data = encoded(Image.new(mode, (2, 2)), kind)
     with Image.open(io.BytesIO(data)) as image:
         assert image.mode not in ("RGB", "RGBA", "L", "P")
     error = bad(data, own())

@@ -30,8 +30,9 @@ from pipeline.parquet_files import write_table
 from pipeline.prediction import load_predictor, model_classes, model_id
 from pipeline.run_record import RunRecord, read_record, record_run
 from pipeline.segmentation import SegmentConfig, segment
+from tests.pipeline.image_files import encoded
 from tests.pipeline.prediction_table import prediction_row, prediction_table
-from tests.pipeline.segmentations import config_of, encoded, files_of, png, rows_of
+from tests.pipeline.segmentations import config_of, files_of, png, rows_of
 
 REPOSITORY = Path(__file__).parents[2]
 ODD_NAMES = ("with blank.png", "100%25.png", "a#b?.png", "c+d.png", "straße/日本.png")

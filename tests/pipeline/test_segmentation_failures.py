@@ -30,8 +30,9 @@ from pipeline.run_record import read_record
 from pipeline.segmentation import segment
 from pipeline.segmenter import Segmenter
 from rssnet import RSSNet
+from tests.pipeline.image_files import encoded
 from tests.pipeline.leftovers import await_release
-from tests.pipeline.segmentations import config_of, encoded, png, read_listed, rows_of
+from tests.pipeline.segmentations import config_of, png, read_listed, rows_of
 
 REPOSITORY = Path(__file__).parents[2]
 
