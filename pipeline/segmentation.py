@@ -52,6 +52,9 @@ ROUND_IMAGES = 1_000_000  # in one execution of Ray Data, whose bookkeeping grow
 MOST_TOGETHER = 32  # images that a task reads
 TASKS_AT_LEAST = 64  # small jobs are still cut into about this many tasks
 BLOCK_BYTES = 16 * 2**20  # a task emits a block once its decoded images exceed this
+# Another number of CPUs keeps Ray from fusing staging with encoding, which would gather a file's worth of class maps,
+# many times larger than their PNGs.
+STAGING_CPUS = IO_TASK_CPUS / 2
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,7 @@ def segment(config: SegmentConfig) -> RunRecord:
             config.batch_size,
             min_workers=config.min_workers,
             gpus_per_worker=config.gpus_per_worker,
+            cpus_beside=2 * IO_TASK_CPUS + STAGING_CPUS,  # to read, to encode, to stage
         )
         with MaskStore(config.out, run_id) as store:
             # Listed only now: what the run before this one has found there is to be found, too.
@@ -304,13 +308,11 @@ class _Run:
                 batch_format="pyarrow",
                 num_cpus=IO_TASK_CPUS,
             )
-            # Another number of CPUs keeps Ray from fusing staging with encoding, which would gather a file's worth of
-            # class maps, many times larger than their PNGs.
             .map_batches(
                 MaskStager(config.out, self.store.run_id),
                 batch_size=ROWS_PER_FILE,
                 batch_format="pyarrow",
-                num_cpus=IO_TASK_CPUS / 2,
+                num_cpus=STAGING_CPUS,
             )
         )
         for batch in found.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):

@@ -10,9 +10,12 @@ that has no rows, and with one that has all but a thousand.
 """
 
 import argparse
+import collections
+import contextlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -89,7 +92,7 @@ def bare_loop(model: str, images: str, count: int, device: str) -> dict[str, flo
     return {"images": len(decoded), "seconds": time.perf_counter() - started}
 
 
-def end_to_end(model: str, images: str, out: str, device: str, warm: str) -> dict[str, float]:
+def end_to_end(model: str, images: str, out: str, device: str, warm: str) -> dict[str, Any]:
     """A segmentation on a local Ray that is warm, and the memory that it takes."""
     cores = len(os.sched_getaffinity(0))
     config = SegmentConfig(
@@ -98,7 +101,7 @@ def end_to_end(model: str, images: str, out: str, device: str, warm: str) -> dic
         out,
         batch_size=BATCH,
         use_gpu=device == "cuda",
-        cpus_per_worker=1 if device == "cuda" else cores - 0.5,
+        cpus_per_worker=1 if device == "cuda" else cores - 0.75,  # which are as many threads, and leave room beside
     )
     with connected():
         segment(
@@ -127,14 +130,20 @@ def end_to_end(model: str, images: str, out: str, device: str, warm: str) -> dic
         "driver_mib": driver,
         "all_mib": memory.peak,
         "processes": memory.processes,
+        "parts": memory.parts,
     }
 
 
 class _Memory:
-    """The most memory that this process and those below it have had at a time, in MiB; what they share counts once."""
+    """The most memory that this process and those below it have had at a time, in MiB; what they share counts once.
+
+    `parts` says whose it was: the driver's, the models' (workers of Ray that run the actors), other workers', Ray's own
+    processes', and the object store's, which all of them map.
+    """
 
     def __init__(self) -> None:
-        self.peak, self.processes = 0.0, 0
+        self.parts: dict[str, float] = {}
+        self.processes = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -146,18 +155,38 @@ class _Memory:
         self._stop.set()
         self._thread.join()
 
+    @property
+    def peak(self) -> float:
+        return sum(self.parts.values())
+
     def _watch(self) -> None:
-        this = psutil.Process()
+        driver = psutil.Process()
         while not self._stop.wait(1.0):
-            total, count = 0, 0
-            for process in (this, *this.children(recursive=True)):
-                try:
-                    total += process.memory_full_info().pss
-                except psutil.NoSuchProcess:
-                    continue
-                count += 1
-            if total / 2**20 > self.peak:
-                self.peak, self.processes = total / 2**20, count
+            found: dict[str, float] = collections.defaultdict(float)
+            count = 0
+            for process in (driver, *driver.children(recursive=True)):
+                with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+                    pss = _proportional(process.pid)
+                    command = " ".join(process.cmdline())
+                    whose = "driver" if process == driver else _owner(command)
+                    found[whose] += pss["Pss"] - pss["Pss_Shmem"]
+                    found["object store"] += pss["Pss_Shmem"]
+                    count += 1
+            if sum(found.values()) > self.peak:
+                self.parts, self.processes = dict(found), count
+
+
+def _proportional(process: int) -> dict[str, float]:
+    """The kinds of a process's proportional set size, in MiB."""
+    text = Path(f"/proc/{process}/smaps_rollup").read_text()
+    return {name: int(size) / 1024 for name, size in re.findall(r"^(Pss\w*):\s+(\d+) kB$", text, re.MULTILINE)}
+
+
+def _owner(command: str) -> str:
+    """Whose memory a process of Ray's is, by how it calls itself."""
+    if command.startswith("ray::MapWorker"):
+        return "models"
+    return "workers" if command.startswith("ray::") else "Ray"
 
 
 def listing(folder: str) -> dict[str, float]:
@@ -192,7 +221,7 @@ def _write_rows(out: str, bucket: str) -> None:
         write_table(f"{out}/{mask_store.FOLDER}/part-{number:03}.parquet", table)
 
 
-def measured(*arguments: str) -> dict[str, float]:
+def measured(*arguments: str) -> dict[str, Any]:
     """One way in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.benchmarks.segment", *arguments], capture_output=True, text=True, check=False

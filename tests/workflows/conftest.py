@@ -2,17 +2,15 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import yaml
 
 from pipeline import storage
 from pipeline.street_scenes import write_street_scenes
-
-ROOT = Path(__file__).parents[2]
+from tests.workflows.ray_head import ROOT, Head
 
 TRAIN = {
     "model": {"backbone": "vit_tiny_patch16_224", "backbone_options": {"depth": 2}, "image_size": [64, 96]},
@@ -89,3 +87,16 @@ def chain_commands(tiny: TinyChain, root: str) -> dict[str, list[str]]:
         "sweep": ["--config", tiny.sweep, "--dataset", dataset, "--run", f"{root}/sweep"],
         "segment": ["--model", model, "--images", tiny.photos, "--out", f"{root}/masks"],
     }
+
+
+@pytest.fixture(scope="session")
+def head(s3: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:  # noqa: ARG001
+    """A running head; its processes are ended by their own parent, no other Ray on the machine is touched."""
+    node = Head(tmp_path_factory.mktemp("home"))
+    process = node.start()
+    try:
+        node.wait(120)
+        yield node
+    finally:
+        process.terminate()
+        process.wait(60)

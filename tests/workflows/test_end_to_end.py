@@ -1,4 +1,4 @@
-"""The durable run: what is finished is skipped, and what depends on something newer is made again."""
+"""The durable run, as a job: what is finished is skipped, and what depends on something newer is made again."""
 
 import pytest
 
@@ -7,27 +7,30 @@ from pipeline.end_to_end import STAGES, EndToEndConfig, end_to_end
 from pipeline.errors import PipelineError
 from pipeline.run_record import read_record
 from tests.workflows.conftest import TinyChain
+from tests.workflows.ray_head import Head
 
 pytestmark = pytest.mark.slow
 
 
 def test_finished_stages_are_skipped_and_a_deleted_one_runs_again_with_those_after_it(
     tiny: TinyChain,
+    head: Head,
     ray_cluster: None,  # noqa: ARG001
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = EndToEndConfig(tiny.labelled, tiny.photos, "s3://test/end-to-end", train=tiny.train, sweep=tiny.sweep)
-    first = end_to_end(config)
-    assert list(first) == list(STAGES)
-    assert all(record.outcome == "done" for record in first.values())
+    given = {name: getattr(config, name) for name in ("source", "photos", "root", "train", "sweep")}
+    flags = [text for name, value in given.items() for text in (f"--{name}", value)]
+    job = head.submit("python", "workflows/end_to_end.py", *flags)
+    assert job.returncode == 0, f"{job.stdout[-3000:]}{job.stderr[-1000:]}"
+    first = {name: read_record(f"{config.root}/{name}") for name in STAGES}
+    assert all(record is not None and record.outcome == "done" for record in first.values()), first
     page = storage.read_bytes("s3://test/end-to-end/report/report.html").decode()
     assert "mIoU" in page
 
     capsys.readouterr()
     again = end_to_end(config)
-    assert {name: record.run_id for name, record in again.items()} == {
-        name: record.run_id for name, record in first.items()
-    }
+    assert again == first
     said = capsys.readouterr().out
     for stage in ("ingested", "trained", "evaluated", "swept", "reported"):
         assert f"already {stage}" in said
@@ -35,7 +38,7 @@ def test_finished_stages_are_skipped_and_a_deleted_one_runs_again_with_those_aft
 
     storage.delete("s3://test/end-to-end/segment")
     third = end_to_end(config)
-    rerun = [name for name in STAGES if third[name].run_id != first[name].run_id]
+    rerun = [name for name in STAGES if third[name] != first[name]]
     assert rerun == ["segment", "report"]
 
 

@@ -1,22 +1,9 @@
 """Each workflow does the same job directly, under `ray job submit` with token authentication, and from Python."""
 
-import contextlib
-import os
-import secrets
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from pathlib import Path
-
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline import dataset, storage
-from pipeline.cluster import LOCAL_ENVIRONMENT
 from pipeline.command_line import load, read_yaml
 from pipeline.evaluation import EvaluateConfig, evaluate
 from pipeline.ingest import IngestConfig, ingest
@@ -26,7 +13,8 @@ from pipeline.segmentation import SegmentConfig, segment
 from pipeline.sweep import SweepConfig, sweep
 from pipeline.train_config import TrainConfig
 from pipeline.training import train
-from tests.workflows.conftest import ROOT, Run, TinyChain, chain_commands
+from tests.workflows.conftest import Run, TinyChain, chain_commands
+from tests.workflows.ray_head import Head
 
 pytestmark = pytest.mark.slow
 
@@ -79,7 +67,8 @@ def test_from_python(tiny: TinyChain, ray_cluster: None) -> None:  # noqa: ARG00
     assert_chain_is_there(tiny, root)
 
 
-def test_under_ray_job_submit(tiny: TinyChain, head: "Head") -> None:
+@pytest.mark.heavy  # test_end_to_end.py submits all stages as one job in every run
+def test_under_ray_job_submit(tiny: TinyChain, head: Head) -> None:
     root = "s3://test/job-submit"
     for workflow, arguments in chain_commands(tiny, root).items():
         finished = head.submit("python", f"workflows/{workflow}.py", *arguments)
@@ -87,84 +76,14 @@ def test_under_ray_job_submit(tiny: TinyChain, head: "Head") -> None:
     assert_chain_is_there(tiny, root)
 
 
-def test_a_failing_job_says_why_and_fails(tiny: TinyChain, head: "Head") -> None:
+def test_a_failing_job_says_why_and_fails(tiny: TinyChain, head: Head) -> None:
     arguments = chain_commands(tiny, "s3://test/failing")["train"]
     finished = head.submit("python", "workflows/train.py", *arguments)
     assert finished.returncode == 1
     assert "error: There is no finished dataset at s3://test/failing/dataset" in finished.stdout
 
 
-def test_a_job_without_the_token_is_refused(head: "Head") -> None:
+def test_a_job_without_the_token_is_refused(head: Head) -> None:
     finished = head.submit("true", token="0" * 64)
     assert finished.returncode != 0
     assert "token" in (finished.stdout + finished.stderr).lower()
-
-
-class Head:
-    """A Ray head node of its own, with token authentication."""
-
-    def __init__(self, home: Path) -> None:
-        self.token, self.home = secrets.token_hex(32), home
-        self.port = _free_port()
-        self.environment = {
-            **os.environ,
-            **LOCAL_ENVIRONMENT,
-            "HOME": str(home),
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # a job's `python` is the head's
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": self.token,
-            "PYTHONUNBUFFERED": "1",
-        }
-        self.environment.pop("RAY_ADDRESS", None)
-        self.address = f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> subprocess.Popen[bytes]:
-        ports = {
-            "--port": _free_port(),
-            "--dashboard-port": self.port,
-            "--ray-client-server-port": _free_port(),
-            "--dashboard-agent-listen-port": _free_port(),
-        }
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2"]
-        command += [f"{name}={port}" for name, port in ports.items()]
-        command += ["--dashboard-host=127.0.0.1", f"--object-store-memory={300 * 2**20}", "--disable-usage-stats"]
-        log = (self.home / "head.log").open("wb")
-        return subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
-
-    def wait(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            request = urllib.request.Request(f"{self.address}/api/version")
-            request.add_header("Authorization", f"Bearer {self.token}")
-            with contextlib.suppress(urllib.error.URLError, ConnectionError):
-                urllib.request.urlopen(request, timeout=5).read()
-                return
-            time.sleep(0.5)
-        raise AssertionError(f"no head after {seconds} s: {(self.home / 'head.log').read_text()[-3000:]}")
-
-    def submit(self, *entrypoint: str, token: str | None = None) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", self.address]
-        command += ["--working-dir", ".", "--", *entrypoint]
-        environment = {**self.environment, "RAY_AUTH_TOKEN": token or self.token}
-        return subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False
-        )
-
-
-@pytest.fixture(scope="module")
-def head(s3: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:  # noqa: ARG001
-    """A running head; its processes are ended by their own parent, no other Ray on the machine is touched."""
-    node = Head(tmp_path_factory.mktemp("home"))
-    process = node.start()
-    try:
-        node.wait(120)
-        yield node
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
