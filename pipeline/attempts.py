@@ -94,8 +94,7 @@ class Watch:
                 self.attempts.end.remote(self.stage, [number])
 
     def _ask(self, method: str, about: Any) -> bool:
-        # Not by `ray.get`, while which waits Ray lends the CPUs of this task to another one, in one process more.
-        return getattr(self.attempts, method).remote(self.stage, about).future().result()
+        return ray.get(getattr(self.attempts, method).remote(self.stage, about))
 
     @property
     def reason(self) -> str:
