@@ -10,7 +10,6 @@ that has no rows, and with one that has all but a thousand.
 """
 
 import argparse
-import collections
 import contextlib
 import io
 import json
@@ -52,6 +51,7 @@ SMALL = 64  # pixels of a side of the images of which many are segmented
 COUNTS = (1_000, 5_000, 10_000)
 WARM = 500  # of them, after which Ray has all the processes that it will have
 OBJECTS, FOLDERS, PENDING = 10_000_000, 100, 1_000
+OWNERS = ("driver", "models", "tasks and other actors", "Ray", "object store")
 TARGET = {"cpu": 0.85, "cuda": 0.9}
 
 
@@ -137,12 +137,11 @@ def end_to_end(model: str, images: str, out: str, device: str, warm: str) -> dic
 class _Memory:
     """The most memory that this process and those below it have had at a time, in MiB; what they share counts once.
 
-    `parts` says whose it was: the driver's, the models' (workers of Ray that run the actors), other workers', Ray's own
-    processes', and the object store's, which all of them map.
+    `parts` says whose it was, by `OWNERS`; the object store's is what all of them map.
     """
 
     def __init__(self) -> None:
-        self.parts: dict[str, float] = {}
+        self.parts = dict.fromkeys(OWNERS, 0.0)
         self.processes = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -162,7 +161,7 @@ class _Memory:
     def _watch(self) -> None:
         driver = psutil.Process()
         while not self._stop.wait(1.0):
-            found: dict[str, float] = collections.defaultdict(float)
+            found = dict.fromkeys(OWNERS, 0.0)
             count = 0
             for process in (driver, *driver.children(recursive=True)):
                 with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
@@ -173,7 +172,7 @@ class _Memory:
                     found["object store"] += pss["Pss_Shmem"]
                     count += 1
             if sum(found.values()) > self.peak:
-                self.parts, self.processes = dict(found), count
+                self.parts, self.processes = found, count
 
 
 def _proportional(process: int) -> dict[str, float]:
@@ -183,10 +182,10 @@ def _proportional(process: int) -> dict[str, float]:
 
 
 def _owner(command: str) -> str:
-    """Whose memory a process of Ray's is, by how it calls itself."""
+    """Whose a process of Ray's is, by how it calls itself."""
     if command.startswith("ray::MapWorker"):
         return "models"
-    return "workers" if command.startswith("ray::") else "Ray"
+    return "tasks and other actors" if command.startswith("ray::") else "Ray"
 
 
 def listing(folder: str) -> dict[str, float]:
@@ -250,20 +249,21 @@ def speed(folder: Path, count: int, device: str) -> str:
     )
 
 
-def growth(folder: Path, device: str) -> str:
-    """The table of the second part."""
-    rows, seconds = [], {}
+def growth(folder: Path, device: str, server: LocalS3) -> str:
+    """The table of the second part; a bucket for each number, for the local server goes through all keys to list some."""
+    rows, parts, seconds = [], [], {}
     write_images("s3://bench/warm-small", WARM, SMALL, SMALL)
     for count in COUNTS:
-        images = f"s3://bench/small{count}"
-        write_images(images, count, SMALL, SMALL)
+        for bucket in (f"images-{count}", f"masks-{count}"):
+            server.create_bucket(bucket)
+        write_images(f"s3://images-{count}", count, SMALL, SMALL)
         found = measured(
             "--way",
             "whole",
             "--places",
             str(folder / "tiny"),
-            images,
-            f"s3://bench/out{count}",
+            f"s3://images-{count}",
+            f"s3://masks-{count}/small",
             device,
             "s3://bench/warm-small",
         )
@@ -273,6 +273,7 @@ def growth(folder: Path, device: str) -> str:
             f"{100 * found['again'] / found['seconds']:.1f} % | {found['driver_mib']:.0f} | {found['all_mib']:.0f} | "
             f"{found['processes']} |"
         )
+        parts.append(f"| {count:,} | " + " | ".join(f"{found['parts'][whose]:.0f}" for whose in OWNERS) + " |")
         print(rows[-1], flush=True)
     ratio = seconds[COUNTS[-1]] / seconds[COUNTS[-2]]
     return f"Images of {SMALL} x {SMALL}, a tiny model, a local S3 server on the same cores:\n\n" + (
@@ -280,7 +281,10 @@ def growth(folder: Path, device: str) -> str:
         "| processes |\n"
         "|---|---|---|---|---|---|---|---|\n"
         + "\n".join(rows)
-        + f"\n\nTwice as many images take {ratio:.2f} times as long ({COUNTS[-2]:,} and {COUNTS[-1]:,})."
+        + f"\n\nTwice as many images take {ratio:.2f} times as long ({COUNTS[-2]:,} and {COUNTS[-1]:,}). "
+        + "The peak of all processes, in MiB, by whose memory it is:\n\n"
+        + f"| images | {' | '.join(OWNERS)} |\n|---|---|---|---|---|---|\n"
+        + "\n".join(parts)
     )
 
 
@@ -309,7 +313,7 @@ def main() -> None:
             if "speed" in arguments.parts:
                 _write("speed", device, speed(folder, arguments.images, arguments.device))
             if "growth" in arguments.parts:
-                _write("growth", device, growth(folder, arguments.device))
+                _write("growth", device, growth(folder, arguments.device, server))
         if "listing" in arguments.parts:
             _write("listing", device, compared(folder))
 
