@@ -141,7 +141,7 @@ class _Memory:
     """
 
     def __init__(self) -> None:
-        self.parts = dict.fromkeys(OWNERS, 0.0)
+        self.parts: dict[str, float] = dict.fromkeys(OWNERS, 0.0)
         self.processes = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -161,7 +161,7 @@ class _Memory:
     def _watch(self) -> None:
         driver = psutil.Process()
         while not self._stop.wait(1.0):
-            found = dict.fromkeys(OWNERS, 0.0)
+            found: dict[str, float] = dict.fromkeys(OWNERS, 0.0)
             count = 0
             for process in (driver, *driver.children(recursive=True)):
                 with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
@@ -250,7 +250,7 @@ def speed(folder: Path, count: int, device: str) -> str:
 
 
 def growth(folder: Path, device: str, server: LocalS3) -> str:
-    """The table of the second part; a bucket for each number, for the local server goes through all keys to list some."""
+    """The table of the second part. A bucket for each number: the local server goes through all keys to list some."""
     rows, parts, seconds = [], [], {}
     write_images("s3://bench/warm-small", WARM, SMALL, SMALL)
     for count in COUNTS:
