@@ -24,7 +24,7 @@ test: install lint types
 	$(BIN)/python -m pytest -m 'not heavy and ray'
 
 # What takes too long for `make test`, and is not in it: the demo on CamVid, twice; what befalls clusters and batch
-# segmentations; the chain from a shell, for `ray job submit` runs the same scripts.
+# segmentations; the chain script by script, from a shell and as jobs, which `make test` has as one job.
 test-heavy: install
 	$(BIN)/python -m pytest -m heavy
 

@@ -90,7 +90,7 @@ def require_capacity(cpus: float, gpus: float, what: str, remedy: str) -> None:
 
     Args:
         cpus, gpus: that all of it needs at the same time.
-        what: in words, e.g. `2 workers and what feeds them`.
+        what: in words, e.g. `2 workers and the tasks beside them`.
         remedy: what to lower.
 
     Raises:
@@ -103,7 +103,7 @@ def require_capacity(cpus: float, gpus: float, what: str, remedy: str) -> None:
     text = f"{what} need {cpus:g} CPUs and {gpus:g} GPUs, but the cluster has {have['CPU']:g} and {have['GPU']:g}"
     if not os.environ.get("RAY_ADDRESS"):
         raise PipelineError(f"{text}: {remedy}.")
-    announce(f"  {text}: waiting for it to grow")
+    announce(f"  {text}: not all of the work begins before it grows")
 
 
 @contextlib.contextmanager

@@ -47,7 +47,7 @@ def demo(data: str, output: str) -> None:
             source=labelled,
             photos=photos,
             root=_root(bucket),
-            cpus_per_worker=1.5,
+            cpus_per_worker=1.25,  # two threads, which leave room beside on two cores
             mirror=str(server.folder),
         )
         records = end_to_end(config, after_stage=server.save)

@@ -18,7 +18,7 @@ from pipeline.progress import announce
 from pipeline.run_folder import MODEL_FOLDER
 from pipeline.run_record import OtherWork, RunRecord, read_record
 from pipeline.run_report import ReportConfig, report
-from pipeline.segmentation import SegmentConfig, segment
+from pipeline.segmentation import SegmentConfig, model_pool, segment
 from pipeline.sweep import SweepConfig, search_space, sweep
 from pipeline.train_config import TrainConfig
 from pipeline.training import train
@@ -74,10 +74,11 @@ def end_to_end(config: EndToEndConfig, after_stage: Callable[[], object] | None 
         PipelineError: from the first stage that fails. What is finished stays, and is skipped by the next run.
     """
     config = dataclasses.replace(config, root=storage.absolute(config.root))
-    stages = _stages(config)
+    stages, segment_config = _stages(config)
     records: dict[str, RunRecord] = {}
     previous: RunRecord | None = None
     with connected():
+        model_pool(segment_config)  # what there is no room for is refused before the first stage begins
         for number, stage in enumerate(stages, start=1):
             announce(f"[{number}/{len(stages)}] {stage.name}: {stage.place}")
             previous = _run(stage, previous)
@@ -102,7 +103,7 @@ def _is_stale(record: RunRecord | None, previous: RunRecord | None) -> bool:
     return record is not None and previous is not None and record.started < (previous.finished or "")
 
 
-def _stages(config: EndToEndConfig) -> list[_Stage]:
+def _stages(config: EndToEndConfig) -> tuple[list[_Stage], SegmentConfig]:
     places = {name: storage.join(config.root, name) for name in STAGES}
     model = storage.join(places["train"], MODEL_FOLDER)
     shared = {
@@ -123,6 +124,7 @@ def _stages(config: EndToEndConfig) -> list[_Stage]:
         SweepConfig, read_yaml(config.sweep), {"dataset": places["ingest"], "run": places["sweep"]}
     )
     search_space(sweep_config)
+    segment_config = SegmentConfig(model, config.photos, places["segment"], **shared)
 
     def do_train(new: bool) -> RunRecord:
         return train(dataclasses.replace(train_config, new=new))
@@ -134,7 +136,7 @@ def _stages(config: EndToEndConfig) -> list[_Stage]:
         return sweep(dataclasses.replace(sweep_config, new=new))
 
     def do_segment(new: bool) -> RunRecord:
-        return segment(SegmentConfig(model, config.photos, places["segment"], new=new, **shared))
+        return segment(dataclasses.replace(segment_config, new=new))
 
     def do_report(new: bool) -> RunRecord:
         return report(ReportConfig(config.root, places["report"], config.mirror, new=new))
@@ -147,4 +149,4 @@ def _stages(config: EndToEndConfig) -> list[_Stage]:
         "segment": do_segment,
         "report": do_report,
     }
-    return [_Stage(name, places[name], work[name]) for name in STAGES]
+    return [_Stage(name, places[name], work[name]) for name in STAGES], segment_config

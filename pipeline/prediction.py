@@ -177,12 +177,12 @@ def predictor_pool(
             there are always `workers`.
         gpus_per_worker: with `use_gpu`, GPUs of each actor: a part of one, 0.5 for two actors that share it, or a whole
             number. Ray counts the parts; that the models fit into the memory together is the caller's to see to.
-        cpus_beside: CPUs of one task of each stage before and after the actors. Where they do not fit in beside these,
-            Ray Data runs the last stages when the actors have ended.
+        cpus_beside: CPUs of one task of each stage before and after the actors; where they are lacking, the last stages
+            begin when the actors have ended.
 
     Raises:
-        PipelineError: if a number is out of range, or this machine can never hold the fewest workers beside the tasks
-            that feed them. A cluster that was joined by its address may still grow, so there the wait is announced.
+        PipelineError: if a number is out of range, or this machine has no room for the fewest workers with the tasks
+            beside them. A cluster that was joined by its address may still grow, so there it is announced.
     """
     for name, number in (("workers", workers), ("batch_size", batch_size)):
         if number < 1:
@@ -200,8 +200,9 @@ def predictor_pool(
     require_capacity(
         cpus=fewest * cpus_per_worker + cpus_beside,
         gpus=_whole_gpus(fewest, gpus_per_worker) if use_gpu else 0,
-        what=f"{fewest} workers and what feeds them",
-        remedy="lower workers or cpus_per_worker, or join a larger cluster",
+        what=f"{fewest} of workers and the tasks beside them",
+        remedy=f"lower {'workers' if min_workers is None else 'min_workers'} or cpus_per_worker"
+        f"{', or set use_gpu false' if use_gpu else ''}, or join a larger cluster",
     )
     fixed = fewest == workers
     return {

@@ -52,9 +52,11 @@ ROUND_IMAGES = 1_000_000  # in one execution of Ray Data, whose bookkeeping grow
 MOST_TOGETHER = 32  # images that a task reads
 TASKS_AT_LEAST = 64  # small jobs are still cut into about this many tasks
 BLOCK_BYTES = 16 * 2**20  # a task emits a block once its decoded images exceed this
-# Another number of CPUs keeps Ray from fusing staging with encoding, which would gather a file's worth of class maps,
-# many times larger than their PNGs.
+# Of a task that stages. Not that of encoding: Ray would fuse the two, and gather a file's worth of class maps, many
+# times as large as their PNGs.
 STAGING_CPUS = IO_TASK_CPUS / 2
+STAGES = 4  # to read, to apply the model, to encode, to stage
+CPUS_BESIDE = 2 * IO_TASK_CPUS + STAGING_CPUS  # of one task each that reads, encodes and stages
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ class SegmentConfig:
             always `workers`.
         use_gpu: give each of them a GPU, or a part of one.
         gpus_per_worker: that part, such as 0.5 for two workers on each GPU.
-        cpus_per_worker: CPUs, and threads, for each of them.
+        cpus_per_worker: CPUs, and threads, for each of them. Beside all workers 0.625 are needed, to read, encode and
+            store.
         batch_size: images that a worker gets at a time.
         replace_model: at the end, take away the rows of other models for the images that have a row of this one.
         prune: take away the rows of images that are deleted or overwritten, and record them in `pruned/`.
@@ -155,18 +158,27 @@ def segment(config: SegmentConfig) -> RunRecord:
         )
     # The lease comes first: who finds the output taken is not to wait for a cluster.
     with Lease(config.out, run_id) as lease, connected():
-        pool = predictor_pool(
-            config.workers,
-            config.cpus_per_worker,
-            config.use_gpu,
-            config.batch_size,
-            min_workers=config.min_workers,
-            gpus_per_worker=config.gpus_per_worker,
-            cpus_beside=2 * IO_TASK_CPUS + STAGING_CPUS,  # to read, to encode, to stage
-        )
+        pool = model_pool(config)
         with MaskStore(config.out, run_id) as store:
             # Listed only now: what the run before this one has found there is to be found, too.
             return _Run(config, model, versions, source, image_sources.parts(source), pool, store, lease).run()
+
+
+def model_pool(config: SegmentConfig) -> dict[str, Any]:
+    """The arguments of `Dataset.map_batches` for the workers that hold a model each.
+
+    Raises:
+        PipelineError: if a number is out of range, or there is no room for them.
+    """
+    return predictor_pool(
+        config.workers,
+        config.cpus_per_worker,
+        config.use_gpu,
+        config.batch_size,
+        min_workers=config.min_workers,
+        gpus_per_worker=config.gpus_per_worker,
+        cpus_beside=CPUS_BESIDE,
+    )
 
 
 def segment_in_turn(config: SegmentConfig) -> None:
@@ -227,7 +239,7 @@ class _Run:
         inputs = {"model": self.model, "images": pending.fingerprint}
         finished = finished_record(config.out, WORKFLOW, config, inputs)
         if finished and not pending.images and not config.new:
-            without = f", {pending.unusable} of which say why there is no mask" if pending.unusable else ""
+            without = f", {pending.unusable} of them without a mask, which say why" if pending.unusable else ""
             announce(
                 f"nothing new: all {pending.listed} images of {config.images} have their rows in {config.out}{without}"
             )
@@ -274,7 +286,11 @@ class _Run:
             remove_rows(self.store, pending.outdated)
             return ledger.summary
         together = max(1, min(MOST_TOGETHER, max(self.config.batch_size, pending.images // TASKS_AT_LEAST)))
-        with Progress("segment", pending.images, "images") as progress, _small_blocks(), attempts_of_run() as attempts:
+        with (
+            Progress("segment", pending.images, "images") as progress,
+            _data_settings(self.config),
+            attempts_of_run() as attempts,
+        ):
             for again in (False, True):
                 numbered = _numbered(pending.files, again)
                 for files in in_rounds(numbered, ROUND_IMAGES):
@@ -335,15 +351,24 @@ def _slices(files: Sequence[tuple[int, PendingFile]], together: int) -> list[dic
 
 
 @contextlib.contextmanager
-def _small_blocks() -> Iterator[None]:
-    """Let Ray Data hand decoded images over in small blocks, so that memory does not hang on the number of tasks."""
+def _data_settings(config: SegmentConfig) -> Iterator[None]:
+    """Let Ray Data hand decoded images over in small blocks, and keep no more than a task's CPUs back for each stage.
+
+    So memory does not hang on the number of tasks; and the last stages work while the models do. Ray Data keeps a share
+    of all CPUs back for each stage in turn, so that of many CPUs nothing is left for the last ones if the models take
+    most of what there is.
+    """
     context = ray.data.DataContext.get_current()
-    before = context.target_max_block_size
+    names = ("target_max_block_size", "op_resource_reservation_ratio")
+    before = {name: getattr(context, name) for name in names}
     context.target_max_block_size = BLOCK_BYTES
+    cpus = max(ray.cluster_resources().get("CPU", 0.0), config.workers * config.cpus_per_worker + CPUS_BESIDE)
+    context.op_resource_reservation_ratio = min(context.op_resource_reservation_ratio, STAGES * STAGING_CPUS / cpus)
     try:
         yield
     finally:
-        context.target_max_block_size = before
+        for name, value in before.items():
+            setattr(context, name, value)
 
 
 def _conclude(record: RunRecord, model: str, summary: Summary, pending: Pending) -> None:

@@ -9,7 +9,6 @@ the disk. Both ways start with their libraries imported and, for the pipeline, i
 
 import argparse
 import collections
-import io
 import json
 import os
 import shutil
@@ -37,6 +36,7 @@ from pipeline.parquet_files import ROW_GROUP_ROWS, BufferedParquet
 from pipeline.process_memory import peak_memory
 from pipeline.records import Record
 from tests.benchmarks.machine import describe, results_file
+from tests.pipeline.image_files import encoded
 
 LISTED = (1_000, 10_000, 100_000)
 LINKS = 50_000  # to one file, of which disks allow 65,000
@@ -52,9 +52,8 @@ def write_generated(url: str, count: int) -> None:
     for number in range(count):
         coarse = generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)
         image = Image.fromarray(coarse).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=90)
-        storage.write_bytes(storage.join(url, f"images/train/{number:05}.jpg"), buffer.getvalue())
+        data = encoded(image, "JPEG", quality=90)
+        storage.write_bytes(storage.join(url, f"images/train/{number:05}.jpg"), data)
         storage.write_bytes(storage.join(url, f"labels/train/{number:05}.png"), label)
 
 

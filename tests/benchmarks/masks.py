@@ -26,6 +26,7 @@ from scipy import ndimage
 from pipeline.images import decode_label
 from rssnet.classes import Classes
 from tests.benchmarks.machine import describe, results_file
+from tests.pipeline.image_files import encoded
 
 ROUNDS = 3
 CLASSES = 12
@@ -48,9 +49,7 @@ def png(name: str, colours: int = CLASSES, **options: Any) -> Codec:
     def encode(mask: np.ndarray) -> bytes:
         image = Image.fromarray(mask)
         image.putpalette(palette)
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG", **options)
-        return buffer.getvalue()
+        return encoded(image, **options)
 
     return Codec(f"PNG, {name}", encode, lambda data, _: np.array(Image.open(io.BytesIO(data))))
 

@@ -11,7 +11,6 @@ that has no rows, and with one that has all but a thousand.
 
 import argparse
 import contextlib
-import io
 import json
 import os
 import re
@@ -20,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from pipeline.segmentation import SegmentConfig, segment
 from rssnet import RSSNet, RSSNetConfig
 from tests.benchmarks.machine import describe, results_file
 from tests.pipeline.endless_s3 import endless_s3, etag_of, key_of
+from tests.pipeline.image_files import encoded
 
 HEIGHT, WIDTH = 360, 480
 BATCH = 8
@@ -74,9 +75,9 @@ def write_images(url: str, count: int, height: int, width: int) -> None:
     generator = np.random.default_rng(0)
     for number in range(count):
         coarse = generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)
-        buffer = io.BytesIO()
-        Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
-        storage.write_bytes(storage.join(url, f"{number % 100:02}/{number:06}.jpg"), buffer.getvalue())
+        image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+        data = encoded(image, "JPEG", quality=90)
+        storage.write_bytes(storage.join(url, f"{number % 100:02}/{number:06}.jpg"), data)
 
 
 def bare_loop(model: str, images: str, count: int, device: str) -> dict[str, float]:
@@ -101,7 +102,9 @@ def end_to_end(model: str, images: str, out: str, device: str, warm: str) -> dic
         out,
         batch_size=BATCH,
         use_gpu=device == "cuda",
-        cpus_per_worker=1 if device == "cuda" else cores - 0.75,  # which are as many threads, and leave room beside
+        cpus_per_worker=1
+        if device == "cuda"
+        else cores - 0.75,  # a thread for each core, and room for the stages beside
     )
     with connected():
         segment(
@@ -135,24 +138,24 @@ def end_to_end(model: str, images: str, out: str, device: str, warm: str) -> dic
 
 
 class _Memory:
-    """The most memory that this process and those below it have had at a time, in MiB; what they share counts once.
+    """The most memory that this process and those below it had in any second, in MiB; what they share counts once.
 
-    `parts` says whose it was, by `OWNERS`; the object store's is what all of them map.
+    `parts` says whose it was, by `OWNERS`; the object store's is what all of them map, tasks' also what Ray keeps idle.
     """
 
     def __init__(self) -> None:
         self.parts: dict[str, float] = dict.fromkeys(OWNERS, 0.0)
         self.processes = 0
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._watching = ThreadPoolExecutor(1)
 
     def __enter__(self) -> "_Memory":
-        self._thread.start()
+        self._watched = self._watching.submit(self._watch)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._thread.join()
+        self._watched.result()  # or what has ended it
 
     @property
     def peak(self) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline import storage
-from pipeline.image_sources import LISTED, ImageSource, list_part, parts
+from pipeline.image_sources import LISTED, ImageSource, Kind, list_part, parts
 
 ODD_NAMES = ("with blank.jpg", "100%25.png", "a+b.png", "a#b?c=d.webp", "straße/日本.PNG", "set.tar#x.jpg")
 
@@ -31,11 +31,13 @@ def listed(source: ImageSource) -> tuple[list[dict[str, Any]], int]:
     return rows, others
 
 
-def images(url: str, kind: Any = "auto", **options: Any) -> list[dict[str, Any]]:
+def images(url: str, kind: Kind = "auto", **options: Any) -> list[dict[str, Any]]:
+    """All rows of a source."""
     return listed(ImageSource(url, kind, **options))[0]
 
 
 def places(rows: Sequence[Mapping[str, Any]], url: str) -> list[str]:
+    """Where the images of some rows lie below a URL, sorted."""
     return sorted(row["image_uri"].removeprefix(url).lstrip("/") for row in rows)
 
 
@@ -48,4 +50,5 @@ def write(url: str, names: Sequence[str]) -> dict[str, bytes]:
 
 
 def status(row: Mapping[str, Any]) -> tuple[str, str]:
+    """What a row says of its image, and why."""
     return row["status"], row["error"]

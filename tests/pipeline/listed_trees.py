@@ -1,7 +1,7 @@
-"""Trees of labelled images as listings, in which only what a layout reads is a real file, and what is found in them."""
+"""Trees of labelled images, most of them listings alone, and what layouts find in them."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import pytest
@@ -21,14 +21,17 @@ TREES = {
 
 
 def listing(paths: Iterable[str], source: str = SOURCE) -> list[storage.StoredObject]:
+    """What a store would say of objects at these paths."""
     return [storage.StoredObject(f"{source}/{path}", 10, "1") for path in sorted(paths)]
 
 
 def listed(source: Path) -> list[storage.StoredObject]:
+    """The listing of a folder that is there."""
     return list(storage.list_objects(str(source)))
 
 
 def camvid_tree(*paths: str) -> Layout:
+    """What CamVid's layout makes of some paths."""
     return read_layout("camvid", SOURCE, listing(paths))
 
 
@@ -42,6 +45,7 @@ def pairs(layout: Layout, source: str | Path = SOURCE) -> dict[str, tuple[str, s
 
 
 def rejects(layout: Layout, source: str | Path = SOURCE) -> set[tuple[str, str, str]]:
+    """Place below the source, split and reason of each reject."""
     return {(reject.source_uri.removeprefix(f"{source}/"), reject.split, reject.reason) for reject in layout.rejects}
 
 
@@ -56,11 +60,12 @@ def splits(layout: Layout) -> dict[str, set[str]]:
 
 
 def passed_over(layout: Layout, objects: list[storage.StoredObject], source: str | Path = SOURCE) -> set[str]:
+    """Places below the source of what a layout has no use for."""
     return {url.removeprefix(f"{source}/") for url in layout.passed_over(objects)}
 
 
 @pytest.fixture
-def tree(tmp_path: Path):
+def tree(tmp_path: Path) -> Callable[..., Layout]:
     """Reads a tree of which only the lists are real files."""
 
     def read(*paths: str, lists: Mapping[str, str], layout: str = "auto") -> Layout:
@@ -72,7 +77,7 @@ def tree(tmp_path: Path):
 
 
 @pytest.fixture
-def folders(tmp_path: Path):
+def folders(tmp_path: Path) -> Callable[..., Layout]:
     """Reads a tree of the layout `folders`; `classes.json` is a real file beside the listing."""
 
     def read(*paths: str, classes: object = CLASSES, layout: str = "folders") -> Layout:

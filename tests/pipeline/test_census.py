@@ -45,7 +45,9 @@ def out(bucket: str, images: str) -> str:
         row("done.jpg"),
         row("bad.jpg", status="damaged"),
         row("überschrieben.jpg", version="an older one"),
+        row("new.jpg", version="an older one", status="damaged"),
         row("deleted.jpg"),
+        row("deleted bad.jpg", status="damaged"),
         prediction_row("s3://elsewhere/x.jpg"),
     ]
     tables = {
@@ -97,11 +99,14 @@ def test_rows_of_other_models_and_of_what_is_gone_are_found(images, out):
     assert _keys(whole.superseded("model")) == {("done.jpg", "older", "masks/part-2.parquet")}
     assert _keys(whole.gone(image_sources.resolved(ImageSource(images)))) == {
         ("deleted.jpg", "model", "masks/part-1.parquet"),
+        ("deleted bad.jpg", "model", "masks/part-1.parquet"),
         ("überschrieben.jpg", "model", "masks/part-1.parquet"),
+        ("new.jpg", "model", "masks/part-1.parquet"),
         ("deleted too.jpg", "model", "masks/again-1.parquet"),
     }
     assert _keys(whole.gone(image_sources.resolved(ImageSource(images, include=("del*",))))) == {
         ("deleted.jpg", "model", "masks/part-1.parquet"),
+        ("deleted bad.jpg", "model", "masks/part-1.parquet"),
         ("deleted too.jpg", "model", "masks/again-1.parquet"),
     }
 

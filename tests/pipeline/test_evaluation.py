@@ -1,7 +1,6 @@
 """What a score is: the exact sum over every labelled image of a split, however it was distributed."""
 
 import dataclasses
-import io
 import json
 import math
 import zlib
@@ -30,6 +29,7 @@ from pipeline.run_record import record_run
 from pipeline.scoring import COLUMNS, Counts, confusion_matrix
 from rssnet.classes import Classes
 from rssnet.metrics import BoundaryIoU, ConfusionMatrix
+from tests.pipeline.image_files import encoded
 
 NUM_CLASSES = 6
 IMAGES = 7
@@ -39,13 +39,12 @@ def _row(number: int, ignored_rows: int = 3) -> dict[str, Any]:
     """A photograph of its own size with a label in which the last class is nowhere and the top is ignored."""
     height, width = 40 + 7 * number, 90 - 5 * number
     random = np.random.default_rng(number)
-    buffer = io.BytesIO()
-    Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(buffer, "PNG")
+    image = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
     label = random.integers(0, NUM_CLASSES - 1, (height, width), dtype=np.uint8)
     label[:ignored_rows] = dataset.IGNORE_LABEL
     return {
         "image_id": f"val/{number}",
-        "image": buffer.getvalue(),
+        "image": encoded(image),
         "label": encode_png(label),
         "height": height,
         "width": width,

@@ -16,21 +16,25 @@ import polars
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import safetensors.torch
 import torch
 from PIL import Image
 
-from pipeline import mask_store, mask_summary, masks, storage
+from pipeline import mask_store, mask_summary, masks, segmentation, storage
+from pipeline.cluster import IO_TASK_CPUS
 from pipeline.errors import PipelineError
 from pipeline.images import decode_photograph
 from pipeline.inference_config import InferenceConfig
 from pipeline.lease import Lease
 from pipeline.mask_products import ProductsConfig
+from pipeline.mask_stager import Ledger
 from pipeline.parquet_files import write_table
 from pipeline.prediction import load_predictor, model_classes, model_id
 from pipeline.run_record import RunRecord, read_record, record_run
 from pipeline.segmentation import SegmentConfig, segment
 from tests.pipeline.image_files import encoded
+from tests.pipeline.leftovers import living_actors
 from tests.pipeline.prediction_table import prediction_row, prediction_table
 from tests.pipeline.segmentations import config_of, files_of, png, rows_of
 
@@ -134,7 +138,7 @@ def test_a_second_run_writes_nothing(segmented, capsys):
     assert segment(config) == first
     out = capsys.readouterr().out
     assert "nothing new: all 12 images" in out
-    assert "3 of which say why there is no mask" in out
+    assert "3 of them without a mask, which say why" in out
     assert (files_of(config.out), Path(config.out, "run.json").read_bytes()) == (files, record)
 
 
@@ -297,6 +301,37 @@ def test_a_manifest_says_nothing_of_what_is_deleted(tiny_model, tmp_path):
 
 
 @pytest.mark.usefixtures("ray_cluster")
+def test_masks_are_stored_while_the_model_works(tiny_model, tmp_path, monkeypatch):
+    """On exactly the CPUs that are asked for, of which Ray Data by itself would leave the last stage none."""
+    for number in range(24):
+        (tmp_path / f"{number}.png").write_bytes(png(number))
+    monkeypatch.setattr(segmentation, "ROWS_PER_FILE", 4)
+    models = []
+
+    def take(ledger: Ledger, file: dict[str, Any]) -> int:
+        models.append(sum("Segmenter" in name for name in living_actors()))
+        return taken(ledger, file)
+
+    taken = Ledger.take
+    monkeypatch.setattr(Ledger, "take", take)
+    cpus = ray.cluster_resources()["CPU"] - segmentation.CPUS_BESIDE
+    segment(config_of(tiny_model, str(tmp_path), str(tmp_path / "out"), cpus_per_worker=cpus))
+    assert len(models) >= 6
+    assert models[0] == 1, "the model had ended before a single file was stored"
+
+
+@pytest.mark.parametrize("cpus", [2, 3, 4, 8, 16, 64, 256])
+def test_each_stage_has_a_task_whatever_the_models_leave(cpus, monkeypatch):
+    """By Ray Data's rule: a stage in turn keeps back a task's CPUs, or its share of a ratio of all."""
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": float(cpus)})
+    for models in np.arange(0.125, cpus - segmentation.CPUS_BESIDE + 0.01, 0.125):
+        with segmentation._data_settings(SegmentConfig("m", "i", "o", cpus_per_worker=float(models))):
+            share = cpus * ray.data.DataContext.get_current().op_resource_reservation_ratio / segmentation.STAGES
+        tasks = (IO_TASK_CPUS, IO_TASK_CPUS, segmentation.STAGING_CPUS)
+        assert models + sum(max(share, least) for least in tasks) <= cpus + 1e-9, models
+
+
+@pytest.mark.usefixtures("ray_cluster")
 def test_wrong_input_gets_one_sentence(tiny_model, folder, tmp_path):
     out = str(tmp_path / "out")
     with pytest.raises(PipelineError, match=r"There is no model at .*/nowhere \(no config.json\)"):
@@ -310,7 +345,7 @@ def test_wrong_input_gets_one_sentence(tiny_model, folder, tmp_path):
     with pytest.raises(PipelineError, match="no bucket named no-such-bucket"):
         segment(config_of(tiny_model, "s3://no-such-bucket/images", out))
     assert not Path(out).exists()
-    with pytest.raises(PipelineError, match=r"64 workers .* need 64\.625 CPUs and 0 GPUs, but the cluster has \d+"):
+    with pytest.raises(PipelineError, match=r"64 of workers .* need 64\.625 CPUs and 0 GPUs, but the cluster has \d+"):
         segment(config_of(tiny_model, str(folder), out, workers=64, cpus_per_worker=1))
     with pytest.raises(PipelineError, match=r"need [\d.]+ CPUs and 1 GPUs, but the cluster has"):
         segment(config_of(tiny_model, str(folder), out, use_gpu=True))

@@ -4,13 +4,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import yaml
 
 from pipeline import storage
 from pipeline.street_scenes import write_street_scenes
-from tests.workflows.ray_head import ROOT, Head
+from tests.workflows.ray_head import Head
+
+ROOT = Path(__file__).parents[2]
 
 TRAIN = {
     "model": {"backbone": "vit_tiny_patch16_224", "backbone_options": {"depth": 2}, "image_size": [64, 96]},
@@ -95,8 +98,7 @@ def head(s3: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]: 
     node = Head(tmp_path_factory.mktemp("home"))
     process = node.start()
     try:
-        node.wait(120)
+        node.wait(process, 120)
         yield node
     finally:
-        process.terminate()
-        process.wait(60)
+        node.stop(process)

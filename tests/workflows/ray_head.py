@@ -3,6 +3,7 @@
 import contextlib
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -10,10 +11,9 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 from pipeline.cluster import LOCAL_ENVIRONMENT
-
-ROOT = Path(__file__).parents[2]
 
 
 class Head:
@@ -35,6 +35,7 @@ class Head:
         self.address = f"http://127.0.0.1:{self.port}"
 
     def start(self) -> subprocess.Popen[bytes]:
+        """The process of a head that begins to run, in a session of its own."""
         ports = {
             "--port": _free_port(),
             "--dashboard-port": self.port,
@@ -44,12 +45,13 @@ class Head:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2"]
         command += [f"{name}={port}" for name, port in ports.items()]
         command += ["--dashboard-host=127.0.0.1", f"--object-store-memory={300 * 2**20}", "--disable-usage-stats"]
-        log = (self.home / "head.log").open("wb")
-        return subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
+        with (self.home / "head.log").open("wb") as log:
+            return subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
 
-    def wait(self, seconds: float) -> None:
+    def wait(self, process: subprocess.Popen[bytes], seconds: float) -> None:
+        """Until the head takes jobs; AssertionError with its log if it ends before, or takes longer."""
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
+        while time.monotonic() < end and process.poll() is None:
             request = urllib.request.Request(f"{self.address}/api/version")
             request.add_header("Authorization", f"Bearer {self.token}")
             with contextlib.suppress(urllib.error.URLError, ConnectionError):
@@ -58,13 +60,24 @@ class Head:
             time.sleep(0.5)
         raise AssertionError(f"no head after {seconds} s: {(self.home / 'head.log').read_text()[-3000:]}")
 
-    def submit(self, *entrypoint: str, token: str | None = None) -> subprocess.CompletedProcess[str]:
+    def stop(self, process: subprocess.Popen[bytes]) -> None:
+        """Asks the head to end, and ends it with all that it has started if it does not."""
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+
+    def submit(
+        self, *entrypoint: str, token: str | None = None, timeout: float = 500
+    ) -> subprocess.CompletedProcess[str]:
+        """A command as a job, once it has ended; `subprocess.TimeoutExpired` with what it has said if it does not."""
         command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", self.address]
         command += ["--working-dir", ".", "--", *entrypoint]
         environment = {**self.environment, "RAY_AUTH_TOKEN": token or self.token}
-        return subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False
-        )
+        options: Any = {"cwd": Path(__file__).parents[2], "env": environment, "capture_output": True, "text": True}
+        return subprocess.run(command, **options, timeout=timeout, check=False)
 
 
 def _free_port() -> int:
