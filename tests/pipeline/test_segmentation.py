@@ -302,7 +302,7 @@ def test_a_manifest_says_nothing_of_what_is_deleted(tiny_model, tmp_path):
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_masks_are_stored_while_the_model_works(tiny_model, tmp_path, monkeypatch):
-    """On exactly the CPUs that are asked for, of which Ray Data by itself would leave the last stage none."""
+    """On exactly the CPUs that are asked for; on an eighth less the last stage would begin when the model has ended."""
     for number in range(24):
         (tmp_path / f"{number}.png").write_bytes(png(number))
     monkeypatch.setattr(segmentation, "ROWS_PER_FILE", 4)
@@ -322,11 +322,11 @@ def test_masks_are_stored_while_the_model_works(tiny_model, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("cpus", [2, 3, 4, 8, 16, 64, 256])
 def test_each_stage_has_a_task_whatever_the_models_leave(cpus, monkeypatch):
-    """By Ray Data's rule: a stage in turn keeps back a task's CPUs, or its share of a ratio of all."""
+    """By Ray Data's rule: each stage in turn keeps back its share of a ratio of all CPUs, and a task's at least."""
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": float(cpus)})
     for models in np.arange(0.125, cpus - segmentation.CPUS_BESIDE + 0.01, 0.125):
         with segmentation._data_settings(SegmentConfig("m", "i", "o", cpus_per_worker=float(models))):
-            share = cpus * ray.data.DataContext.get_current().op_resource_reservation_ratio / segmentation.STAGES
+            share = cpus * ray.data.DataContext.get_current().op_resource_reservation_ratio / 4
         tasks = (IO_TASK_CPUS, IO_TASK_CPUS, segmentation.STAGING_CPUS)
         assert models + sum(max(share, least) for least in tasks) <= cpus + 1e-9, models
 
