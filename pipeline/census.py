@@ -5,8 +5,10 @@ driver holds references, counts, and the names of files, whatever the number of 
 in memory.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +26,12 @@ from pipeline.image_sources import LISTED, ImageSource, Part
 from pipeline.masks import OK, PREDICTION_SCHEMA
 from pipeline.parquet_files import read_table, write_table
 from pipeline.prediction_rows import TRIED_AGAIN
+from pipeline.read_ahead import ahead
 
 PARTITION_ROWS = 250_000  # images or rows, about 40 MB
 PENDING_ROWS = 2048  # in a file of images to be segmented
 _FILES_TOGETHER = 64  # of rows, that a task looks into
+_FILES_AHEAD = 8  # of them, that are fetched at a time
 
 ROW_KEYS = pa.schema(
     [
@@ -270,16 +274,21 @@ def _row_tasks(url: str, model: str | None) -> list[Any]:
 def _keys(url: str, files: list[str], model: str | None) -> Iterator[Any]:
     """Tables of the keys of the rows in some files, each after the number of its rows."""
     waiting: list[pa.Table] = []
-    for file in files:
-        found = read_table(file, ROW_KEYS.names[:-1])
-        if model is not None:
-            found = found.filter(pc.field("model_id") == model)
-        name = pa.repeat(mask_store.name_of(url, file), found.num_rows)
-        waiting.append(found.append_column("file", name).select(ROW_KEYS.names).cast(ROW_KEYS))
-        if sum(table.num_rows for table in waiting) >= PARTITION_ROWS:
-            yield from _counted(waiting, ROW_KEYS)
-            waiting = []
+    with ThreadPoolExecutor(_FILES_AHEAD) as pool:
+        for keys in ahead(pool, functools.partial(_keys_of_file, url, model), files, _FILES_AHEAD):
+            waiting.append(keys)
+            if sum(table.num_rows for table in waiting) >= PARTITION_ROWS:
+                yield from _counted(waiting, ROW_KEYS)
+                waiting = []
     yield from _counted(waiting, ROW_KEYS)
+
+
+def _keys_of_file(url: str, model: str | None, file: str) -> pa.Table:
+    found = read_table(file, ROW_KEYS.names[:-1])
+    if model is not None:
+        found = found.filter(pc.field("model_id") == model)
+    name = pa.repeat(mask_store.name_of(url, file), found.num_rows)
+    return found.append_column("file", name).select(ROW_KEYS.names).cast(ROW_KEYS)
 
 
 @io_task
