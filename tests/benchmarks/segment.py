@@ -96,7 +96,7 @@ def bare_loop(model: str, images: str, count: int, device: str) -> dict[str, flo
 
 def end_to_end(model: str, images: str, out: str, device: str, warm: str) -> dict[str, Any]:
     """A segmentation on a local Ray that is warm, a second one, and the memory that they take."""
-    os.environ["RAY_idle_worker_killing_time_threshold_ms"] = "3600000"  # what is warm is to stay so
+    os.environ["RAY_idle_worker_killing_time_threshold_ms"] = "3600000"  # noqa: SIM112 - Ray's name; what is warm stays so
     config = _config(model, images, out, device)
     with connected():
         segment(dataclasses.replace(config, images=warm, out=f"{out}-warm"))
