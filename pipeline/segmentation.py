@@ -55,7 +55,6 @@ BLOCK_BYTES = 16 * 2**20  # a task emits a block once its decoded images exceed 
 # Of a task that stages. Not that of encoding: Ray would fuse the two, and gather a file's worth of class maps, many
 # times as large as their PNGs.
 STAGING_CPUS = IO_TASK_CPUS / 2
-STAGES = 4  # to read, to apply the model, to encode, to stage
 CPUS_BESIDE = 2 * IO_TASK_CPUS + STAGING_CPUS  # of one task each that reads, encodes and stages
 
 
@@ -352,18 +351,21 @@ def _slices(files: Sequence[tuple[int, PendingFile]], together: int) -> list[dic
 
 @contextlib.contextmanager
 def _data_settings(config: SegmentConfig) -> Iterator[None]:
-    """Let Ray Data hand decoded images over in small blocks, and keep no more than a task's CPUs back for each stage.
+    """Let Ray Data hand decoded images over in small blocks, and keep CPUs back for every stage.
 
-    So memory does not hang on the number of tasks; and the last stages work while the models do. Ray Data keeps a share
-    of all CPUs back for each stage in turn, so that of many CPUs nothing is left for the last ones if the models take
-    most of what there is.
+    So memory does not hang on the number of tasks; and the last stages work while the models do. Ray Data keeps a ratio
+    of all CPUs, half by itself, back for its stages, which take their equal shares or a task's CPUs in turn, so that
+    nothing is left for the last ones if the models take most. It is no smaller than that needs, for a small one slows
+    the other stages down.
     """
     context = ray.data.DataContext.get_current()
     names = ("target_max_block_size", "op_resource_reservation_ratio")
     before = {name: getattr(context, name) for name in names}
     context.target_max_block_size = BLOCK_BYTES
-    cpus = max(ray.cluster_resources().get("CPU", 0.0), config.workers * config.cpus_per_worker + CPUS_BESIDE)
-    context.op_resource_reservation_ratio = min(context.op_resource_reservation_ratio, STAGES * STAGING_CPUS / cpus)
+    models = config.workers * config.cpus_per_worker
+    cpus = max(ray.cluster_resources().get("CPU", 0.0), models + CPUS_BESIDE)
+    share = (cpus - models) / 3 if cpus - models >= 3 * IO_TASK_CPUS else STAGING_CPUS
+    context.op_resource_reservation_ratio = min(context.op_resource_reservation_ratio, 4 * share / cpus)
     try:
         yield
     finally:
