@@ -64,7 +64,7 @@ class Head:
         """Asks the head to end, and ends it with all that it has started if it does not."""
         process.terminate()
         try:
-            process.wait(60)
+            process.wait(120)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             raise
