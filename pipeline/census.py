@@ -298,8 +298,6 @@ def _compared(images: list[ObjectRef], rows: list[ObjectRef], place: str) -> tup
     again = pc.field("status").isin(TRIED_AGAIN)
     keys = ["image_uri", "version"]
     pending = first.join(present.filter(~again).select(keys), keys, join_type="left anti")
-    refused = present.filter(~again & (pc.field("status") != OK)).select(keys)
-    unusable = first.select(keys).join(refused, keys, join_type="left semi").num_rows
     pending = pending.sort_by([(name, "ascending") for name in ("container", "offset", "image_uri")])
     # What was said of a tar as a whole is out of date when its images are listed.
     there = {*first["image_uri"].to_pylist(), *first["container"].unique().to_pylist()}
@@ -316,6 +314,8 @@ def _compared(images: list[ObjectRef], rows: list[ObjectRef], place: str) -> tup
     uris, versions = (_hashes(first[name].to_pylist()) for name in ("image_uri", "version"))
     fingerprint = int((uris * (np.uint64(2) * versions + np.uint64(1))).sum(dtype=np.uint64))
     masked = present.filter(pc.field("status") == OK).num_rows
+    refused = present.filter(~again & (pc.field("status") != OK)).select(keys)
+    unusable = first.select(keys).join(refused, keys, join_type="left semi").num_rows
     summary = _Compared(first.num_rows, listed.num_rows - first.num_rows, fingerprint, files, masked, unusable)
     return summary, _Found.of(outdated), outdated
 

@@ -90,7 +90,7 @@ def require_capacity(cpus: float, gpus: float, what: str, remedy: str) -> None:
 
     Args:
         cpus, gpus: that all of it needs at the same time.
-        what: in words, e.g. `2 workers and the tasks beside them`.
+        what: in words, e.g. `2 workers and the tasks beside`.
         remedy: what to lower.
 
     Raises:

@@ -200,7 +200,7 @@ def predictor_pool(
     require_capacity(
         cpus=fewest * cpus_per_worker + cpus_beside,
         gpus=_whole_gpus(fewest, gpus_per_worker) if use_gpu else 0,
-        what=f"{fewest} of workers and the tasks beside them",
+        what=f"{fewest} {'worker' if fewest == 1 else 'workers'} and the tasks beside",
         remedy=f"lower {'workers' if min_workers is None else 'min_workers'} or cpus_per_worker"
         f"{', or set use_gpu false' if use_gpu else ''}, or join a larger cluster",
     )

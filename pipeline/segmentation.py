@@ -238,7 +238,9 @@ class _Run:
         inputs = {"model": self.model, "images": pending.fingerprint}
         finished = finished_record(config.out, WORKFLOW, config, inputs)
         if finished and not pending.images and not config.new:
-            without = f", {pending.unusable} of them without a mask, which say why" if pending.unusable else ""
+            without = (
+                f", {pending.unusable} of them without a mask (status and error say why)" if pending.unusable else ""
+            )
             announce(
                 f"nothing new: all {pending.listed} images of {config.images} have their rows in {config.out}{without}"
             )

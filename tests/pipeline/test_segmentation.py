@@ -138,7 +138,7 @@ def test_a_second_run_writes_nothing(segmented, capsys):
     assert segment(config) == first
     out = capsys.readouterr().out
     assert "nothing new: all 12 images" in out
-    assert "3 of them without a mask, which say why" in out
+    assert "3 of them without a mask (status and error say why)" in out
     assert (files_of(config.out), Path(config.out, "run.json").read_bytes()) == (files, record)
 
 
@@ -346,7 +346,7 @@ def test_wrong_input_gets_one_sentence(tiny_model, folder, tmp_path):
     with pytest.raises(PipelineError, match="no bucket named no-such-bucket"):
         segment(config_of(tiny_model, "s3://no-such-bucket/images", out))
     assert not Path(out).exists()
-    with pytest.raises(PipelineError, match=r"64 of workers .* need 64\.625 CPUs and 0 GPUs, but the cluster has \d+"):
+    with pytest.raises(PipelineError, match=r"64 workers .* need 64\.625 CPUs and 0 GPUs, but the cluster has \d+"):
         segment(config_of(tiny_model, str(folder), out, workers=64, cpus_per_worker=1))
     with pytest.raises(PipelineError, match=r"need [\d.]+ CPUs and 1 GPUs, but the cluster has"):
         segment(config_of(tiny_model, str(folder), out, use_gpu=True))
