@@ -60,5 +60,6 @@ def _kind(hint: Any) -> str | None:
         return " or ".join(map(str, kinds)) if all(kinds) else None
     if origin in (tuple, list) and inner[0] in _KINDS:
         count = "" if origin is list or inner[-1] is Ellipsis else f"{len(inner)} "
-        return f"a list of {count}{_KINDS[inner[0]]}s"
+        example = """, such as '["a", "b"]'""" if inner[0] is str else ""  # without quotes, YAML takes a * for an alias
+        return f"a list of {count}{_KINDS[inner[0]]}s{example}"
     return None

@@ -35,7 +35,7 @@ class _Parser(ArgumentParser):
 def parser_for(config_class: type, description: str | None = None, environment: bool = True) -> ArgumentParser:
     """The parser of a workflow: every field of the dataclass is a flag, a YAML key and an environment variable."""
     set_parsing_settings(config_read_mode_fsspec_enabled=True)
-    parser = _Parser(description=description, default_env=environment, env_prefix="RSSNET")
+    parser = _Parser(description=description, default_env=environment, env_prefix="RSSNET", allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file or URL; later flags override its fields")
     parser.add_class_arguments(config_class, as_group=False, fail_untyped=True)
     return parser

@@ -68,7 +68,8 @@ class SegmentConfig:
         out: URL that masks are added to; the same one may be used again for more images or another model.
         source: which of these `images` is; auto sees a tar file, a manifest (.csv, .txt, .parquet, or the manifest.json
             of an S3 Inventory) and a dataset, and takes everything else for a prefix.
-        include: patterns such as `*/front/*`, matched against the place below `images`; one of them must fit.
+        include: a list of patterns such as `["*/front/*"]`, matched against the place below `images`; one of them must
+            fit.
         exclude: patterns of which none may fit.
         inference: how the model is applied.
         products: what rows hold beside the mask, and how the mask is simplified.
@@ -257,8 +258,9 @@ class _Run:
         record.counts = {"listed": pending.listed, "other_files": pending.others, "done_before": done_before}
         if pending.listed_twice:
             record.counts["listed_twice"] = pending.listed_twice
+        without = f"{pending.unusable} have rows that say why they have no mask, " if pending.unusable else ""
         announce(
-            f"  {pending.images} of {pending.listed} images are new to model {self.model}, "
+            f"  {pending.images} of {pending.listed} images are new to model {self.model}, {without}"
             f"other files, which are passed over: {pending.others}"
         )
         if config.new:

@@ -139,6 +139,8 @@ def test_a_program_is_not_changed_by_the_environment(monkeypatch: pytest.MonkeyP
     [
         ([], "arguments are required: run"),
         (["--run", "r", "--iteration_count", "5"], "no field iteration_count: did you mean iterations?"),
+        (["--run", "r", "--iter", "5"], "There is no field iter"),
+        (["--run", "r", "--optimizer.weight", "5"], "There is no field optimizer.weight"),
         (["--run", "r", "--optimizer.rate", "5"], "There is no field optimizer.rate"),
         (["--run", "r", "--lr", "5"], "There is no field lr: did you mean optimizer.lr?"),
         (["--run", "r", "--iterations", "many"], "iterations is many: give a whole number"),

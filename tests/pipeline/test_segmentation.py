@@ -23,6 +23,7 @@ from PIL import Image
 
 from pipeline import mask_store, mask_summary, masks, segmentation, storage
 from pipeline.cluster import IO_TASK_CPUS
+from pipeline.command_line import WrongCall, parse, parser_for
 from pipeline.errors import PipelineError
 from pipeline.images import decode_photograph
 from pipeline.inference_config import InferenceConfig
@@ -298,6 +299,15 @@ def test_a_manifest_says_nothing_of_what_is_deleted(tiny_model, tmp_path):
     (tmp_path / "list.txt").write_text("a.png\n")
     with pytest.raises(PipelineError, match=r"prune is true, but .*list.txt is a manifest"):
         segment(config_of(tiny_model, str(tmp_path / "list.txt"), str(tmp_path / "out"), prune=True))
+
+
+def test_patterns_that_yaml_does_not_understand_are_answered_with_how_a_list_is_written():
+    with pytest.raises(WrongCall, match=r"""include is \[\*\.png\]: give a list of texts, such as '\["a", "b"\]'"""):
+        parse(parser_for(SegmentConfig), SegmentConfig, ["--out", "o", "--include", "[*.png]"])
+    config = parse(
+        parser_for(SegmentConfig), SegmentConfig, ["--out", "o", "--compact", "true", "--include", '["*.png"]']
+    )
+    assert config.include == ("*.png",)
 
 
 @pytest.mark.usefixtures("ray_cluster")
