@@ -11,7 +11,7 @@ import yaml
 from ray._private.ray_constants import OBJECT_STORE_MINIMUM_MEMORY_BYTES
 
 from pipeline.command_line import WrongCall
-from pipeline.segmentation import CPUS_BESIDE, SegmentConfig
+from pipeline.segment_config import SegmentConfig
 from pipeline.sweep import DRIVER_CPUS, SweepConfig, search_space
 from pipeline.train_config import TrainConfig
 from pipeline.train_resources import needed_cpus
@@ -68,7 +68,7 @@ def test_a_job_fits_the_largest_cluster_that_it_may_make(folder: Path) -> None:
         groups = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
         cpus, gpus = _capacity(groups, "cpu"), _capacity(groups, "nvidia.com/gpu")
         if isinstance(config, SegmentConfig):
-            assert cpus >= config.workers * config.cpus_per_worker + CPUS_BESIDE
+            assert cpus >= config.workers * config.cpus_per_worker + 1
             assert gpus >= config.workers * config.gpus_per_worker * config.use_gpu
         elif isinstance(config, TrainConfig):
             assert cpus >= config.resources.workers * (config.resources.cpus_per_worker + 1)
