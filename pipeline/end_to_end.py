@@ -18,7 +18,8 @@ from pipeline.progress import announce
 from pipeline.run_folder import MODEL_FOLDER
 from pipeline.run_record import OtherWork, RunRecord, read_record
 from pipeline.run_report import ReportConfig, report
-from pipeline.segmentation import SegmentConfig, model_pool, segment
+from pipeline.segment_config import SegmentConfig
+from pipeline.segmentation import model_pool, segment
 from pipeline.sweep import SweepConfig, search_space, sweep
 from pipeline.train_config import TrainConfig
 from pipeline.training import train

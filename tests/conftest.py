@@ -53,7 +53,8 @@ def street_masks(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) ->
     """A folder with the `photos` of three street scenes, an untrained `model`, and what it predicts, `masks`."""
     import torch
 
-    from pipeline.segmentation import SegmentConfig, segment
+    from pipeline.segment_config import SegmentConfig
+    from pipeline.segmentation import segment
     from pipeline.street_scenes import write_street_scenes
     from rssnet import RSSNet, RSSNetConfig
 

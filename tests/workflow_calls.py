@@ -9,7 +9,7 @@ from pipeline.command_line import parse, parser_for
 from pipeline.end_to_end import EndToEndConfig
 from pipeline.evaluation import EvaluateConfig
 from pipeline.ingest import IngestConfig
-from pipeline.segmentation import SegmentConfig
+from pipeline.segment_config import SegmentConfig
 from pipeline.sweep import SweepConfig
 from pipeline.train_config import TrainConfig
 

@@ -41,7 +41,8 @@ from pipeline.local_s3 import LocalS3
 from pipeline.parquet_files import write_table
 from pipeline.prediction import load_predictor
 from pipeline.process_memory import peak_memory
-from pipeline.segmentation import SegmentConfig, segment
+from pipeline.segment_config import SegmentConfig
+from pipeline.segmentation import segment
 from rssnet import RSSNet, RSSNetConfig
 from tests.benchmarks.machine import describe, results_file
 from tests.pipeline.endless_s3 import endless_s3, etag_of, key_of

@@ -11,7 +11,7 @@ import pytest
 from cronsim import CronSim, CronSimError
 from ray.dashboard.modules.job.cli import submit
 
-from pipeline.segmentation import SegmentConfig
+from pipeline.segment_config import SegmentConfig
 from tests.infra.manifests import INFRA, KUBERAY, Manifest, faults, rendered
 from tests.workflow_calls import calls_in, parsed
 

@@ -12,7 +12,7 @@ from pipeline import mask_store, masks, storage
 from pipeline.image_sources import LISTED
 from pipeline.parquet_files import write_table
 from pipeline.prediction_rows import SLICES, ImageReader
-from pipeline.segmentation import SegmentConfig
+from pipeline.segment_config import SegmentConfig
 from tests.pipeline.image_files import encoded
 
 

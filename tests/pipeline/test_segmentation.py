@@ -33,7 +33,8 @@ from pipeline.mask_stager import Ledger
 from pipeline.parquet_files import write_table
 from pipeline.prediction import load_predictor, model_classes, model_id
 from pipeline.run_record import RunRecord, read_record, record_run
-from pipeline.segmentation import SegmentConfig, segment
+from pipeline.segment_config import SegmentConfig
+from pipeline.segmentation import segment
 from tests.pipeline.image_files import encoded
 from tests.pipeline.leftovers import living_actors
 from tests.pipeline.prediction_table import prediction_row, prediction_table

@@ -191,7 +191,8 @@ def test_an_image_that_processes_die_on_is_a_row_and_costs_no_other_its_mask(tin
 _KILLED = """
 import sys
 from pipeline import lease, mask_stager, segmentation
-from pipeline.segmentation import SegmentConfig, segment
+from pipeline.segment_config import SegmentConfig
+from pipeline.segmentation import segment
 lease.LEASE_SECONDS, mask_stager.COMMIT_SECONDS, segmentation.ROWS_PER_FILE = 4.0, 0.0, 2
 segment(SegmentConfig(*sys.argv[1:], cpus_per_worker=0.5, batch_size=2))
 """

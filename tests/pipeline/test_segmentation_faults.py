@@ -21,7 +21,8 @@ from pipeline import lease, mask_store, masks, storage
 from pipeline.images import encode_png
 from pipeline.local_s3 import LocalS3
 from pipeline.run_record import read_record
-from pipeline.segmentation import SegmentConfig, segment
+from pipeline.segment_config import SegmentConfig
+from pipeline.segmentation import segment
 from tests.pipeline.faulty_s3 import LISTING, Fault, faulty_s3
 
 pytestmark = pytest.mark.heavy
@@ -34,7 +35,8 @@ LEASE_SECONDS = 4.0
 _DRIVER = """
 import os, sys, ray
 from pipeline import lease, mask_stager, segmentation
-from pipeline.segmentation import SegmentConfig, segment_in_turn
+from pipeline.segment_config import SegmentConfig
+from pipeline.segmentation import segment_in_turn
 lease.LEASE_SECONDS, mask_stager.COMMIT_SECONDS, segmentation.ROWS_PER_FILE = 4.0, 0.2, 4
 environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
 if os.environ.get("RAY_ADDRESS"):
@@ -170,7 +172,8 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 from pipeline import mask_stager, segmentation
-from pipeline.segmentation import SegmentConfig, segment
+from pipeline.segment_config import SegmentConfig
+from pipeline.segmentation import segment
 mask_stager.COMMIT_SECONDS, segmentation.ROWS_PER_FILE = 0.2, 4
 node = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
 cluster = Cluster(initialize_head=True, head_node_args=node)

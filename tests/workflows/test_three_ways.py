@@ -8,7 +8,8 @@ import pytest
 from pipeline.command_line import load, read_yaml
 from pipeline.evaluation import EvaluateConfig, evaluate
 from pipeline.ingest import IngestConfig, ingest
-from pipeline.segmentation import SegmentConfig, segment
+from pipeline.segment_config import SegmentConfig
+from pipeline.segmentation import segment
 from pipeline.sweep import SweepConfig, sweep
 from pipeline.train_config import TrainConfig
 from pipeline.training import train
